@@ -1,0 +1,158 @@
+"""What a run shows: log, progress line, result tables, transport-plan picture. Knows no method."""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+class Log:
+    """Prints lines and appends them to a file, if it is given. `quiet`: does neither."""
+
+    def __init__(self, file: Path | None = None, quiet: bool = False):
+        self.file, self.quiet = file, quiet
+
+    def __call__(self, text: str = "") -> None:
+        if self.quiet:
+            return
+        print(text, flush=True)
+        if self.file:
+            with open(self.file, "a", encoding="utf-8") as f:
+                f.write(text + "\n")
+
+
+class Progress:
+    """One line that is rewritten on a terminal; elsewhere a line for every tenth of the way."""
+
+    def __init__(self, log: Log, total: int, images: int):
+        self.log, self.total, self.images = log, total, images
+        self.start, self.done, self.printed = time.time(), 0, 0.0
+        self.terminal = sys.stdout.isatty() and not log.quiet
+
+    def step(self) -> None:
+        self.done += 1
+
+    def show(self, title: str, means: dict[str, float]) -> None:
+        """means: "loss", "ce", "ot", "off_diagonal" of this epoch so far."""
+        seconds = time.time() - self.start
+        left = seconds / self.done * (self.total - self.done)
+        self.line = (
+            f"{title}  loss {means['loss']:.3f}  CE {means['ce']:.3f}  OT {means['ot']:.4f}  "
+            f"off-diagonal {means['off_diagonal']:.1%}  "
+            f"{self.images * self.done / seconds:.0f} images/s  {duration(left)} left"
+        )
+        if self.terminal:
+            print(f"\r{self.line}\033[K", end="", flush=True)
+
+    def end_of_epoch(self) -> None:
+        share = self.done / self.total
+        if share >= 1 or (not self.terminal and share >= self.printed + 0.1):
+            if self.terminal:
+                print("\r\033[K", end="")
+            self.log(self.line)
+            self.printed = share
+
+
+def duration(seconds: float) -> str:
+    """61 -> "1:01", 3661 -> "1:01:01"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """HM = 2 b n / (b + n); 0 if both are 0."""
+    return 2 * base * novel / (base + novel) if base + novel else 0.0
+
+
+def results(metrics: dict) -> str:
+    """The table of `metrics.json` as Markdown, which reads well in a terminal, too.
+
+    Base-to-novel: a row for each method, columns base, novel, HM. Otherwise a row for each data
+    set, with the average over the --eval-data targets. Mean and standard deviation over seeds.
+    """
+    columns = {}  # method -> one {target: accuracy} for each seed
+    if metrics["zero_shot"]:
+        columns['zero-shot, "a photo of a {}."'] = [metrics["zero_shot"]]
+    if metrics["zero_shot_template"] != metrics["zero_shot"]:
+        columns["zero-shot, the data set's template"] = [metrics["zero_shot_template"]]
+    shots = {run["shots"] for run in metrics["runs"]}
+    for run in metrics["runs"]:
+        many = f", {run['shots'] or 'all'} shots" if len(shots) > 1 else ""
+        columns.setdefault(f"tuned, {run['reg']}{many}", []).append(run["accuracy"])
+    columns = {m: [_with_summary(accuracy) for accuracy in seeds] for m, seeds in columns.items()}
+    rows = list(next(iter(columns.values()))[0]) if columns else []
+    cells = [
+        [row, *(_mean_and_deviation([seed[row] for seed in seeds]) for seeds in columns.values())]
+        for row in rows
+    ]
+    table = [["accuracy in %", *columns], *cells]
+    if rows == ["base", "novel", "HM"]:
+        table = [list(row) for row in zip(*table)]
+    return markdown(table)
+
+
+def _with_summary(accuracy: dict[str, float]) -> dict[str, float]:
+    """{target: accuracy} with the HM of base and novel, and the average over --eval-data."""
+    names = list(accuracy)
+    own = names[:2] if names[:2] == ["base", "novel"] else names[:1]
+    summary = {name: accuracy[name] for name in own}
+    if len(own) == 2:
+        summary["HM"] = harmonic_mean(accuracy["base"], accuracy["novel"])
+    others = {name: accuracy[name] for name in names[len(own) :]}
+    if len(others) > 1:
+        others["average of targets"] = statistics.mean(others.values())
+    return summary | others
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Rows of cells, the first row being the head -> a Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    rule = ["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]]
+    lines = []
+    for row in [table[0], rule, *table[1:]]:
+        cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plan_picture(cost: Tensor, plan: Tensor, labels: list[int], path: Path) -> None:
+    """PNG: the cost (B, B) and the plan (B, B) side by side, dark = much, lines between classes."""
+    size, margin = 400, 30
+    picture = Image.new("L", (2 * size + 3 * margin, size + 2 * margin), 255)
+    draw = ImageDraw.Draw(picture)
+    panels = (("cost C: tuned (down) to frozen (across)", cost), ("transport plan", plan))
+    for i, (title, matrix) in enumerate(panels):
+        left = margin + i * (size + margin)
+        shade = 255 * (1 - (matrix - matrix.min()) / (matrix.max() - matrix.min()).clamp(min=1e-12))
+        panel = Image.fromarray(shade.round().to(torch.uint8).cpu().numpy())
+        picture.paste(panel.resize((size, size), Image.Resampling.NEAREST), (left, margin))
+        draw.text((left, margin - 18), title, fill=0)
+        for k in range(1, len(labels)):
+            if labels[k] != labels[k - 1]:
+                at = k * size / len(labels)
+                draw.line([(left + at, margin), (left + at, margin + size)], fill=160)
+                draw.line([(left, margin + at), (left + size, margin + at)], fill=160)
+        draw.rectangle([left, margin, left + size, margin + size], outline=0)
+    picture.save(path)
+
+
+def write_results(metrics: dict, folder: Path) -> None:
+    """metrics.json and results.md, each replaced in one go."""
+    for name, text in (
+        ("metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False)),
+        ("results.md", results(metrics) + "\n"),
+    ):
+        part = folder / (name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / name)
