@@ -466,6 +466,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises ValueError for a damaged file or one of another kind.
     """
     path = Path(path)
+    path.open("rb").close()  # an OSError is about reading; from here on, errors are about content
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -474,8 +475,6 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return _read_torchscript(archive)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
     except Exception as e:  # each reader has its own words for damage; none of them runs code
         reason = (" ".join(str(e).split()) or type(e).__name__)[:200]
         raise ValueError(f"cannot read weights, damaged or of an unknown kind ({reason})") from None
@@ -506,6 +505,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
+STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
 class _Node:
     """Stands for a TorchScript module: its attributes are modules, tensors and plain values."""
 
@@ -520,8 +527,8 @@ class _TorchScriptUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if module.startswith("__torch__"):
             return _Node
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name).dtype  # e.g. HalfStorage; a storage is known by its dtype
+        if module == "torch" and name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self.rebuild_tensor
         if module == "torch.jit._pickle" and name.startswith("build_"):

@@ -49,9 +49,9 @@ class Dataset:
 
     name: str
     classnames: list[str]  # label -> name, "_" already " "
-    train: list[Item]
-    val: list[Item]
-    test: list[Item]
+    train: list[Item] = field(repr=False)  # long
+    val: list[Item] = field(repr=False)
+    test: list[Item] = field(repr=False)
     template: str = "a photo of a {}."  # zero-shot template of the literature
     shift: Callable[[Image.Image], Image.Image] | None = None  # changes the test images
     notes: tuple[str, ...] = ()  # what the user should know before believing the numbers
@@ -633,13 +633,14 @@ class EpochBatches(Sampler):
 
 def train_loader(
     items: list[Item], size: int, batch_size: int, seed: int, epochs: Iterable[int],
-    workers: int = 0, rank: int = 0, world: int = 1,
+    workers: int = 0, rank: int = 0, world: int = 1, augment: bool = True,
 ) -> DataLoader:
     """All batches of all `epochs`, (B, 3, size, size) and (B,), from one start of the workers.
 
     `loader.batch_sampler.steps` is the number of batches of an epoch.
     """
-    images = Images(items, train_transform(size), seed=seed)
+    transform = train_transform(size) if augment else test_transform(size)
+    images = Images(items, transform, seed=seed)
     batches = EpochBatches(len(items), batch_size, seed, epochs, rank, world)
     return _loader(images, min(workers, len(batches)), batch_sampler=batches)
 

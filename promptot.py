@@ -18,22 +18,22 @@ same weights with learned prompts give f_i and t_c. All features have length 1.
 """
 
 import argparse
+import collections
 import contextlib
-import itertools
-import json
+import functools
+import io
 import math
 import os
-import platform
 import random
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,7 +57,7 @@ def sinkhorn(
     a: Tensor | None = None,
     b: Tensor | None = None,
     epsilon: float = 0.01,
-    max_iter: int = 2000,
+    max_iter: int = 5000,
     tol: float = 1e-5,
 ) -> Tensor:
     """Entropic optimal transport: argmin <pi, cost> - epsilon H(pi) with row sums a, column sums b.
@@ -80,18 +80,19 @@ def sinkhorn(
         raise ValueError(f"epsilon must be positive, not {epsilon}")
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
     n, m = cost.shape[-2:]
-    tiny, huge = torch.finfo(cost.dtype).tiny, 1e30
+    info = torch.finfo(cost.dtype)
     if a is None and b is None:
         a, b = cost.new_full((n,), 1 / n), cost.new_full((m,), 1 / m)
     else:
         a, b = _marginals(cost, a, b)
-    a, b = a.clamp(min=tiny)[..., None], b.clamp(min=tiny)[..., None]  # (..., n, 1), (..., m, 1)
+    a, b = (mass.clamp(min=info.tiny)[..., None] for mass in (a, b))  # (..., n, 1), (..., m, 1)
 
     # A constant added to a row or column of the cost does not change the plan: start each at 0.
-    cost = cost.clamp(-huge, huge)
+    cost = cost.clamp(-1e37, 1e37)
     cost = cost - cost.amin(dim=-1, keepdim=True)
     cost = cost - cost.amin(dim=-2, keepdim=True)
-    log_plan = -(cost / max(epsilon, tiny)).clamp(max=huge)
+    finest = 10 * info.eps * cost.amax(dim=(-2, -1), keepdim=True)  # what the dtype can resolve
+    log_plan = -cost / finest.clamp(min=min(max(epsilon, info.tiny), info.max))
     # A tiny epsilon is reached by halving a larger one: each plan is a good start for the next.
     excess = max(1.0, -float(log_plan.min()) / 100)  # by this factor epsilon is still too large
     log_plan = log_plan / excess
@@ -111,10 +112,10 @@ def sinkhorn(
             u = u * (a / (u * (plan @ v))).pow(omega).clamp(1e-3, 1e3)
             v = v * (b / (v * (plan.mT @ u))).pow(omega).clamp(1e-3, 1e3)
         log_plan = log_plan + u.log() + v.log().mT
-        if excess > 1:
+        if excess > 1 and error.max() <= 0.003:
             log_plan, excess = log_plan * min(2, excess), excess / min(2, excess)
             last_error = math.inf  # of another problem
-    return plan * (a > tiny) * (b > tiny).mT  # where there is no mass, 1e-38 was transported
+    return plan * (a > info.tiny) * (b > info.tiny).mT  # where there is no mass, 1e-38 was transported
 
 
 def _marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -169,11 +170,11 @@ def ot_loss(
     """
     image_cost, text_cost = 1 - image @ image0.T, 1 - text @ text0.T
     cost = {
-        "joint": lambda: image_cost + text_cost,
-        "image": lambda: image_cost,
-        "text": lambda: text_cost,
-        "separate": lambda: torch.stack([image_cost, text_cost]),
-    }[modality]()
+        "joint": image_cost + text_cost,
+        "image": image_cost,
+        "text": text_cost,
+        "separate": torch.stack([image_cost, text_cost]),
+    }[modality]
     if pointwise:
         plan = torch.eye(len(image), device=cost.device).expand_as(cost) / len(image)
     else:
@@ -256,7 +257,8 @@ class PromptOT(nn.Module):
 
     def text_features(self) -> Tensor:
         """Features of the classes, (C, D), tuned; several processes share the work."""
-        tokens = shard(self.tokens)
+        n_classes, size = len(self.tokens), world()[1]
+        tokens = shard(self.tokens.repeat(-(-size // n_classes), 1))  # something for each process
         with autocast(self.prompts.text.device, self.precision):
             if len(tokens) <= TEXT_CHUNK or not torch.is_grad_enabled():
                 features = self.clip.encode_text(tokens, self.prompts.text)
@@ -265,7 +267,7 @@ class PromptOT(nn.Module):
                     checkpoint(self.clip.encode_text, chunk, self.prompts.text, use_reentrant=False)
                     for chunk in tokens.split(TEXT_CHUNK)
                 ])
-        return gather(unit(features))
+        return gather(unit(features))[:n_classes]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) -> logits (B, C)."""
@@ -405,26 +407,28 @@ def train(
     batch_size: int = 4,
     lr: float = 0.005,
     seed: int = 1,
+    augment: bool = True,
     workers: int = 0,
     state_file: Path | None = None,
-    log=report.Log(),
+    log: Callable = report.Log(),
 ) -> list[dict]:
     """Tunes the prompts of `model` on items (image path, label); returns the means of each epoch.
 
     SGD, momentum 0.9, weight decay 5e-4 (protocol of Prompt-OT's released code). `stop_epoch` ends
-    the schedule of `epochs` early. Pictures and their order depend on the seed alone. With
-    `state_file` the state is saved after every epoch, and a run that finds one goes on from there,
-    to the very same prompts (on the CPU).
+    the schedule of `epochs` early. Pictures and their order depend on the seed alone; `augment`
+    crops and flips them. With `state_file` the state is saved after every epoch, and a run that
+    finds one goes on from there, to the very same prompts (on the CPU).
     Raises ValueError if the loss stops being finite.
     """
     parameters = list(model.prompts.parameters())
     device = parameters[0].device
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision == "fp16")
-    history = _load_state(state_file, model, optimizer) if state_file else []
+    history = _load_state(state_file, model, optimizer, scaler) if state_file else []
     remaining = range(len(history), stop_epoch or epochs)
+    resolution = model.clip.image_resolution
     loader = train_loader(
-        items, model.clip.image_resolution, batch_size, seed, remaining, workers, *world()
+        items, resolution, batch_size, seed, remaining, workers, *world(), augment=augment
     )
     batches, steps = iter(loader), loader.batch_sampler.steps
     progress = report.Progress(log, total=steps * len(remaining), images=batch_size)
@@ -450,7 +454,7 @@ def train(
         history.append(means)
         progress.end_of_epoch()
         if state_file and is_main():
-            save_atomically(_state(model, optimizer, history), state_file)
+            _save_state(state_file, model, optimizer, scaler, history)
     return history
 
 
@@ -526,42 +530,47 @@ def plan_of(model: PromptOT, items: list, epsilon: float, limit: int = 128) -> t
 
 def save_atomically(content: dict, path: Path) -> None:
     """torch.save to a temporary file, then a rename: whoever is killed leaves the old file whole."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     part = path.with_name(path.name + ".part")
-    torch.save(content, part)
-    os.replace(part, path)
+    part.write_bytes(buffer.getvalue())  # an OSError if the disk is full
+    part.replace(path)
 
 
 def load_saved(path: str | os.PathLike) -> dict:
     """What `save_atomically` wrote; no code in the file is run. ValueError if it is damaged."""
+    content = io.BytesIO(Path(path).read_bytes())
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and torch each have their own words for damage
-        raise ValueError(f"{path} is damaged or not a file of this program: {e}") from None
+        reason = " ".join(str(e).split())[:100]
+        raise ValueError(f"{path} is damaged or not a file of this program ({reason})") from None
 
 
-def _state(model: PromptOT, optimizer, history: list[dict]) -> dict:
-    return {
-        "prompts": model.prompts.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-    }
+def _save_state(path: Path, model: PromptOT, optimizer, scaler, history: list[dict]) -> None:
+    state = {"prompts": model.prompts, "optimizer": optimizer, "scaler": scaler}
+    state = {name: part.state_dict() for name, part in state.items()}
+    save_atomically(state | {"history": history}, path)
 
 
-def _load_state(path: Path, model: PromptOT, optimizer) -> list[dict]:
-    """Restores a training state, if there is one; returns the means of the epochs it has behind it."""
+def _load_state(path: Path, model: PromptOT, optimizer, scaler) -> list[dict]:
+    """Restores a training state, if there is one; returns the means of the epochs behind it."""
     if not path.exists():
         return []
     state = load_saved(path)
-    model.prompts.load_state_dict(state["prompts"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
+    try:
+        model.prompts.load_state_dict(state["prompts"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return state["history"]
+    except (KeyError, TypeError, RuntimeError, ValueError) as e:
+        raise ValueError(f"{path} is not a state of this run ({e}); without it, it starts anew")
 
 
 def save_prompts(model: PromptOT, path: Path, model_name: str, settings: dict) -> None:
     """The prompts alone, with what it takes to use them: settings, class names, which CLIP."""
     content = {name: p.detach().cpu() for name, p in model.prompts.named_parameters()}
+    model_name = os.path.abspath(model_name) if os.path.isfile(model_name) else model_name
     content |= {"classnames": model.classnames, "model": model_name, "settings": settings}
     save_atomically(content | {"fingerprint": fingerprint(model.clip)}, path)
 
@@ -572,7 +581,7 @@ def load_prompts(path: str | os.PathLike, clip: CLIP, precision: str = "fp32") -
     ValueError if `clip` is not the model that they were tuned for, or the file is damaged.
     """
     saved = load_saved(path)
-    missing = {"text", "vision", "classnames", "model", "fingerprint"} - set(saved)
+    missing = {"text", "vision", "classnames", "model", "settings", "fingerprint"} - set(saved)
     if missing:
         raise ValueError(f"{path} holds no saved prompts (no {', '.join(sorted(missing))})")
     if saved["fingerprint"] != fingerprint(clip):
@@ -593,12 +602,17 @@ def load_prompts(path: str | os.PathLike, clip: CLIP, precision: str = "fp32") -
 def run(args: argparse.Namespace) -> None:
     """Data and model, zero-shot accuracy, one tuning per --reg, --shots and --seed, the table."""
     dataset = load_dataset(args.data, args.classnames)
+    if not (dataset.train or args.load):
+        raise ValueError(f"{args.data} has no training images; it can be a target of --eval-data")
     targets = evaluation_targets(dataset, args)
     clip = load(args.model, args.device)
     loaded = load_prompts(args.load, clip, args.precision) if args.load else None
-    folder, metrics = open_output(args, fingerprint(clip))
+    folder = Path(share(args.output or report.free_folder(args.data, args.resume)))
+    metrics = report.open_metrics(folder, settings_of(args, clip), args.resume)
     log = report.Log(folder / "log.txt", quiet=not is_main())
-    describe(args, dataset, targets, clip, log)
+    save = functools.partial(report.save_metrics, folder) if is_main() else lambda metrics: None
+    prompts = loaded.prompts if loaded else PromptLearner(clip, args.n_ctx, args.depth)
+    log("\n".join(describe(args, dataset, targets, prompts, clip)) + "\n")
 
     for name, target in targets.items():
         if name not in metrics["zero_shot"]:
@@ -606,7 +620,7 @@ def run(args: argparse.Namespace) -> None:
             metrics["zero_shot"][name], metrics["zero_shot_template"][name] = plain, own
             template = f', "{target.template}" {own:.2f} %' if target.template != TEMPLATE else ""
             log(f'zero-shot {name}: "{TEMPLATE}" {plain:.2f} %{template}')
-    save_results(metrics, folder)
+    save(metrics)
 
     for job in jobs(args):
         title = f"{job['reg']}, {job['shots'] or 'all'} shots, seed {job['seed']}"
@@ -621,7 +635,7 @@ def run(args: argparse.Namespace) -> None:
         result["accuracy"] = {name: tuned(model, t, args.workers) for name, t in targets.items()}
         log("  ".join(f"{name} {value:.2f} %" for name, value in result["accuracy"].items()))
         metrics["runs"].append(job | result)
-        save_results(metrics, folder)
+        save(metrics)
         state_file.unlink(missing_ok=True)  # the run is complete: nothing is left to resume
     log(f"\n{report.results(metrics)}\n\nprompts, metrics, log, pictures: {folder}")
 
@@ -642,11 +656,22 @@ def jobs(args: argparse.Namespace) -> list[dict]:
     """What tells the runs of one command apart: regulariser, shots and seed."""
     if args.load:
         settings = load_saved(args.load)["settings"]
-        return [{key: settings[key] for key in ("reg", "shots", "seed")}]
+        return [{key: settings.get(key) for key in ("reg", "shots", "seed")}]
     return [
         {"reg": reg, "shots": shots, "seed": seed}
         for reg in args.reg for shots in args.shots for seed in args.seed
     ]
+
+
+# Settings that make a run another run; --reg, --shots and --seed just say which runs there are.
+SETTINGS = (
+    "data", "model", "classes", "eval_data", "modality", "lam", "epsilon", "epochs", "stop_epoch",
+    "batch_size", "lr", "n_ctx", "depth", "augment", "precision", "load",
+)
+
+
+def settings_of(args: argparse.Namespace, clip: CLIP) -> dict:
+    return {name: getattr(args, name) for name in SETTINGS} | {"weights": fingerprint(clip)}
 
 
 def job_name(job: dict) -> str:
@@ -668,50 +693,40 @@ def tune(
     history = train(
         model, source.train, reg=job["reg"], modality=args.modality, lam=args.lam,
         epsilon=args.epsilon, epochs=args.epochs, stop_epoch=args.stop_epoch,
-        batch_size=args.batch_size, lr=args.lr, seed=job["seed"], workers=args.workers,
-        state_file=state_file, log=log,
+        batch_size=args.batch_size, lr=args.lr, seed=job["seed"], augment=args.augment,
+        workers=args.workers, state_file=state_file, log=log,
     )
     cost, plan, labels = plan_of(model, source.train, args.epsilon)
     if is_main():
-        settings = settings_of(args) | job
+        settings = settings_of(args, clip) | job
         save_prompts(model, state_file.with_name("prompts.pt"), args.model, settings)
         report.plan_picture(cost, plan, labels, state_file.with_name("plan.png"))
     return model, history
 
 
 def describe(
-    args: argparse.Namespace, dataset: Dataset, targets: dict, clip: CLIP, log: report.Log
-) -> None:
+    args: argparse.Namespace, dataset: Dataset, targets: dict, prompts: PromptLearner, clip: CLIP
+) -> Iterator[str]:
     """What the run is made of, in a few lines."""
-    size = clip.image_resolution
-    frozen = sum(p.numel() for p in clip.parameters()) / 1e6
-    learned = sum(p.numel() for p in PromptLearner(clip, args.n_ctx, args.depth).parameters())
-    processes = f", {world()[1]} processes" if world()[1] > 1 else ""
     counts = [len(items) for items in (dataset.train, dataset.val, dataset.test)]
-    log(f"data    {dataset.name} ({args.data}): {len(dataset.classnames)} classes, "
-        f"{counts[0]} train, {counts[1]} val, {counts[2]} test images")
+    yield (f"data    {dataset.name} ({args.data}): {len(dataset.classnames)} classes, "
+           f"{counts[0]} train, {counts[1]} val, {counts[2]} test images")
     for name, target in targets.items():
         names = ", ".join(target.classnames[:10]) + (", ..." if len(target.classnames) > 10 else "")
-        log(f"target  {name}: {len(target.test)} images, {len(target.classnames)} classes: {names}")
-    log(f"model   {args.model}: {size} x {size} pixels, {frozen:.1f} M parameters, all frozen; "
-        f"prompts: {learned:,} numbers")
-    log(f"device  {args.device}, {args.precision}{processes}")
+        yield f"target  {name}: {len(target.test)} images, {len(target.classnames)} classes: {names}"
+    frozen, learned = (sum(p.numel() for p in m.parameters()) for m in (clip, prompts))
+    size = clip.image_resolution
+    yield (f"model   {args.model}: {size} x {size} pixels, {frozen / 1e6:.1f} M parameters, frozen; "
+           f"{learned:,} to learn in the prompts")
+    processes = f", {world()[1]} processes" if world()[1] > 1 else ""
+    yield f"device  {args.device}, {args.precision}{processes}"
     for note in dict.fromkeys(note for d in (dataset, *targets.values()) for note in d.notes):
-        log(f"note    {note}")
-    few = {name: count for name, count in class_counts(dataset).items() if count < max(args.shots)}
+        yield f"note    {note}"
+    per_class = collections.Counter(label for _, label in dataset.train)
+    few = [label for label, count in per_class.items() if count < max(args.shots)]
     if few and not args.load:
-        name, count = next(iter(few.items()))
-        log(f"note    {len(few)} classes have fewer than {max(args.shots)} training images "
-            f"({name}: {count}); all that there are are used")
-    log()
-
-
-def class_counts(dataset: Dataset) -> dict[str, int]:
-    """Number of training images of each class."""
-    counts = {name: 0 for name in dataset.classnames}
-    for _, label in dataset.train:
-        counts[dataset.classnames[label]] += 1
-    return counts
+        yield (f"note    {len(few)} classes have fewer than {max(args.shots)} training images, "
+               f"e.g. {dataset.classnames[few[0]]} {per_class[few[0]]}: all of them are used")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -728,68 +743,6 @@ def predict(args: argparse.Namespace) -> None:
         top = probabilities.topk(min(5, len(model.classnames)))
         for share, label in zip(top.values.tolist(), top.indices.tolist()):
             print(f"  {share:6.1%}  {model.classnames[label]}")
-
-
-# --------------------------------------------------------------------------------------------------
-# The output folder
-
-# Settings that make a run another run; --reg, --shots and --seed just say which runs there are.
-SETTINGS = (
-    "data", "model", "classes", "eval_data", "modality", "lam", "epsilon", "epochs", "stop_epoch",
-    "batch_size", "lr", "n_ctx", "depth", "precision", "load",
-)
-
-
-def settings_of(args: argparse.Namespace) -> dict:
-    return {name: getattr(args, name) for name in SETTINGS}
-
-
-def open_output(args: argparse.Namespace, weights: str) -> tuple[Path, dict]:
-    """The output folder and its metrics: new ones, or with --resume those that are there.
-
-    ValueError if the folder holds a run and --resume is not given, or the settings have changed.
-    """
-    settings = settings_of(args) | {"weights": weights}
-    folder = Path(share(args.output or default_output(args)))
-    file = folder / "metrics.json"
-    if not file.exists():
-        if is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__,
-                    "torchvision": torchvision.__version__}
-        return folder, {
-            "settings": settings, "versions": versions, "device": device_name(args.device),
-            "zero_shot": {}, "zero_shot_template": {}, "runs": [],
-        }
-    if not args.resume:
-        raise ValueError(f"{folder} holds a run: go on with it by --resume, or name another --output")
-    metrics = json.loads(file.read_text(encoding="utf-8"))
-    changed = [
-        f"{key} was {metrics['settings'].get(key)}, is {value}"
-        for key, value in settings.items() if metrics["settings"].get(key) != value
-    ]
-    if changed:
-        raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
-    return folder, metrics
-
-
-def default_output(args: argparse.Namespace) -> str:
-    """runs/NAME, NAME-2, ...: with --resume the last that there is, else the first that is free."""
-    base = Path("runs") / Path(args.data).resolve().name.replace(":", "-")
-    folders = (base if i == 1 else base.with_name(f"{base.name}-{i}") for i in itertools.count(1))
-    taken = list(itertools.takewhile(Path.exists, folders))
-    if args.resume and taken:
-        return str(taken[-1])
-    return str(base.with_name(f"{base.name}-{len(taken) + 1}") if taken else base)
-
-
-def save_results(metrics: dict, folder: Path) -> None:
-    if is_main():
-        report.write_results(metrics, folder)
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 # --------------------------------------------------------------------------------------------------
@@ -846,6 +799,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=whole, default=4, help="images per step, over all processes (4)")
     add("--lr", type=positive, default=0.005, help="learning rate of SGD (0.005)")
 
+    add("--no-augment", dest="augment", action="store_false", help="no random crops and flips: for"
+        " pictures that do not bear them, such as digits")
+
     add("--output", metavar="DIR", help="for prompts, metrics, log, pictures (runs/...)")
     add("--resume", action="store_true", help="go on with an interrupted run in --output")
     add("--load", metavar="FILE", help="evaluate these saved prompts instead of tuning")
@@ -887,8 +843,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.model is None and args.load:
         args.model = load_saved(args.load).get("model")
     if args.model is None:
-        args.model = "ViT-B/16" if args.data else str(DEMO / "tiny-clip.pt")
-    args.data = args.data or str(DEMO / "digits")
+        args.model = "ViT-B/16" if args.data else os.path.relpath(DEMO / "tiny-clip.pt")
+    args.data = args.data or os.path.relpath(DEMO / "digits")
     return args
 
 
@@ -899,11 +855,10 @@ def main(argv: list[str] | None = None) -> None:
         start_processes()
         args = resolve(args)
         if args.download:
-            download(args.data)
+            args.data = str(download(Path(args.data).name, Path(args.data).parent))
         predict(args) if args.predict else run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        message = str(e).strip().splitlines() or [type(e).__name__]
-        print(f"error: {message[-1]}", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

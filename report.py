@@ -1,12 +1,15 @@
-"""What a run shows: log, progress line, result tables, transport-plan picture. Knows no method."""
+"""What a run shows and keeps: log, progress, tables, pictures, metrics. Knows nothing of a method."""
 
+import itertools
 import json
+import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torchvision
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -147,12 +150,51 @@ def plan_picture(cost: Tensor, plan: Tensor, labels: list[int], path: Path) -> N
     picture.save(path)
 
 
-def write_results(metrics: dict, folder: Path) -> None:
+# --------------------------------------------------------------------------------------------------
+# The output folder
+
+
+def free_folder(data: str, resume: bool) -> str:
+    """runs/NAME, NAME-2, ...: the first that is free or, to resume, the last that there is."""
+    base = Path("runs") / Path(data).resolve().name.replace(":", "-")
+    names = (base if i == 1 else base.with_name(f"{base.name}-{i}") for i in itertools.count(1))
+    taken = []
+    for folder in names:
+        if not folder.exists():
+            return str(taken[-1] if resume and taken else folder)
+        taken.append(folder)
+
+
+def open_metrics(folder: Path, settings: dict, resume: bool) -> dict:
+    """The content of metrics.json: new, or with `resume` what is there. Makes the folder.
+
+    ValueError if there is a run already and `resume` is not given, or its settings are others.
+    """
+    file = folder / "metrics.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "torchvision": torchvision.__version__}
+        return {"settings": settings, "versions": versions,
+                "zero_shot": {}, "zero_shot_template": {}, "runs": []}
+    if not resume:
+        raise ValueError(f"{folder} holds a run: go on with it by --resume, or name another --output")
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        before = metrics["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged; name another --output") from None
+    settings = json.loads(json.dumps(settings))  # as they come back from the file
+    changed = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
+    if changed:
+        raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
+    return metrics
+
+
+def save_metrics(folder: Path, metrics: dict) -> None:
     """metrics.json and results.md, each replaced in one go."""
-    for name, text in (
-        ("metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False)),
-        ("results.md", results(metrics) + "\n"),
-    ):
+    texts = {"metrics.json": json.dumps(metrics, indent=1), "results.md": results(metrics) + "\n"}
+    for name, text in texts.items():
         part = folder / (name + ".part")
         part.write_text(text, encoding="utf-8")
         part.replace(folder / name)
