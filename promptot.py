@@ -22,6 +22,7 @@ import collections
 import contextlib
 import functools
 import io
+import itertools
 import math
 import os
 import random
@@ -438,7 +439,8 @@ def train(
             group["lr"] = learning_rate(epoch, epochs, lr)
         parts = []  # kept on the device: reading them at every step would stall it
         for step in range(steps):
-            images, labels = next(batches)
+            with progress.waiting():
+                images, labels = next(batches)
             images, labels = images.to(device, non_blocking=True), labels.to(device)
             loss, part = model.loss(images, labels, lam, epsilon, reg, modality)
             optimizer.zero_grad()
@@ -600,7 +602,7 @@ def load_prompts(path: str | os.PathLike, clip: CLIP, precision: str = "fp32") -
 
 
 def run(args: argparse.Namespace) -> None:
-    """Data and model, zero-shot accuracy, one tuning per --reg, --shots and --seed, the table."""
+    """Zero-shot accuracy; a tuning for each of --classes, --reg, --shots and --seed; the tables."""
     dataset = load_dataset(args.data, args.classnames)
     if not (dataset.train or args.load):
         raise ValueError(f"{args.data} has no training images; it can be a target of --eval-data")
@@ -609,12 +611,13 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_prompts(args.load, clip, args.precision) if args.load else None
     folder = Path(share(args.output or report.free_folder(args.data, args.resume)))
     metrics = report.open_metrics(folder, settings_of(args, clip), args.resume)
+    metrics["tables"] = tables(dataset, targets)
     log = report.Log(folder / "log.txt", quiet=not is_main())
     save = functools.partial(report.save_metrics, folder) if is_main() else lambda metrics: None
     prompts = loaded.prompts if loaded else PromptLearner(clip, args.n_ctx, args.depth)
     log("\n".join(describe(args, dataset, targets, prompts, clip)) + "\n")
 
-    for name, target in targets.items():
+    for name, target in itertools.chain(*(group.items() for group in targets.values())):
         if name not in metrics["zero_shot"]:
             plain, own = zero_shot(clip, target, args.precision, args.workers)
             metrics["zero_shot"][name], metrics["zero_shot_template"][name] = plain, own
@@ -623,49 +626,73 @@ def run(args: argparse.Namespace) -> None:
     save(metrics)
 
     for job in jobs(args):
-        title = f"{job['reg']}, {job['shots'] or 'all'} shots, seed {job['seed']}"
+        title = job_name(job)
         if any(job.items() <= done.items() for done in metrics["runs"]):
             log(f"\n{title}: finished before")
             continue
         log(f"\n{title}")
         start = time.time()
-        state_file = folder / job_name(job) / "state.pt"
+        state_file = folder / title / "state.pt"
         model, history = (loaded, []) if loaded else tune(args, clip, dataset, job, state_file, log)
-        result = {"seconds": round(time.time() - start, 1), "history": history}
-        result["accuracy"] = {name: tuned(model, t, args.workers) for name, t in targets.items()}
-        log("  ".join(f"{name} {value:.2f} %" for name, value in result["accuracy"].items()))
+        result = {"seconds": round(time.time() - start, 1), "history": history, "accuracy": {}}
+        for name, target in targets[job["classes"]].items():
+            result["accuracy"][name] = tuned(model, target, args.workers)
+            log(f"{name} {result['accuracy'][name]:.2f} %")
         metrics["runs"].append(job | result)
         save(metrics)
         state_file.unlink(missing_ok=True)  # the run is complete: nothing is left to resume
     log(f"\n{report.results(metrics)}\n\nprompts, metrics, log, pictures: {folder}")
 
 
-def evaluation_targets(dataset: Dataset, args: argparse.Namespace) -> dict[str, Dataset]:
-    """What is evaluated, by the name it has in the table: base and novel, or all; --eval-data."""
-    if args.classes == "base":
-        targets = dict(zip(("base", "novel"), base_novel(dataset)))
-    else:
-        targets = {dataset.name: dataset}
+def evaluation_targets(dataset: Dataset, args: argparse.Namespace) -> dict[str, dict[str, Dataset]]:
+    """What is evaluated, by name, for each of --classes; --eval-data goes with the last of them."""
+    targets = {}
+    if "base" in args.classes:
+        targets["base"] = dict(zip(("base", "novel"), base_novel(dataset)))
+    if "all" in args.classes:
+        targets["all"] = {dataset.name: dataset}
+    last = list(targets.values())[-1]
     for path in args.eval_data:
         target = load_dataset(path, args.classnames)
-        targets[target.name if target.name not in targets else path] = target
+        last[target.name if target.name not in last else path] = target
     return targets
 
 
+def tables(dataset: Dataset, targets: dict[str, dict[str, Dataset]]) -> list[dict]:
+    """The paper's tables, as far as there are targets for them; report.results fills them in.
+
+    Targets whose classes are among those of the source are domain generalisation (ImageNet-R has
+    200 of the 1,000), others are cross-dataset.
+    """
+    found = []
+    for classes, group in targets.items():
+        source = ["base", "novel"] if classes == "base" else [dataset.name]
+        others = {name: t for name, t in group.items() if name not in source}
+        shifted = [n for n, t in others.items() if set(t.classnames) <= set(dataset.classnames)]
+        foreign = [n for n in others if n not in shifted]
+        if classes == "base":
+            found.append({"title": "base-to-novel", "targets": source, "source": []})
+        elif not others:
+            found.append({"title": "all classes", "targets": source, "source": []})
+        for title, names in (("cross-dataset", foreign), ("domain generalisation", shifted)):
+            if names:
+                found.append({"title": title, "targets": names, "source": source})
+    return found
+
+
 def jobs(args: argparse.Namespace) -> list[dict]:
-    """What tells the runs of one command apart: regulariser, shots and seed."""
+    """What tells the runs of one command apart: classes, regulariser, shots and seed."""
+    choices = [args.classes, args.reg, args.shots, args.seed]
     if args.load:
         settings = load_saved(args.load)["settings"]
-        return [{key: settings.get(key) for key in ("reg", "shots", "seed")}]
-    return [
-        {"reg": reg, "shots": shots, "seed": seed}
-        for reg in args.reg for shots in args.shots for seed in args.seed
-    ]
+        choices[1:] = [[settings.get(key)] for key in JOB[1:]]
+    return [dict(zip(JOB, choice)) for choice in itertools.product(*choices)]
 
 
-# Settings that make a run another run; --reg, --shots and --seed just say which runs there are.
+JOB = ("classes", "reg", "shots", "seed")
+# Settings that make a run another run, unlike those of a job, which say which runs there are.
 SETTINGS = (
-    "data", "model", "classes", "eval_data", "modality", "lam", "epsilon", "epochs", "stop_epoch",
+    "data", "model", "eval_data", "modality", "lam", "epsilon", "epochs", "stop_epoch",
     "batch_size", "lr", "n_ctx", "depth", "augment", "precision", "load",
 )
 
@@ -675,7 +702,7 @@ def settings_of(args: argparse.Namespace, clip: CLIP) -> dict:
 
 
 def job_name(job: dict) -> str:
-    return f"{job['reg']}-{job['shots']}shots-seed{job['seed']}"
+    return f"{job['classes']}-{job['reg']}-{job['shots'] or 'all-'}shots-seed{job['seed']}"
 
 
 def tune(
@@ -685,7 +712,7 @@ def tune(
     # CoOp's order: the shots of all classes are drawn first, and then reduced to the base classes.
     shots = few_shot(dataset.train, job["shots"], random.Random(job["seed"]))
     source = replace(dataset, train=shots)
-    source = base_novel(source)[0] if args.classes == "base" else source
+    source = base_novel(source)[0] if job["classes"] == "base" else source
     torch.manual_seed(job["seed"])
     model = PromptOT(clip, source.classnames, args.n_ctx, args.depth, args.precision)
     if is_main():
@@ -711,7 +738,8 @@ def describe(
     counts = [len(items) for items in (dataset.train, dataset.val, dataset.test)]
     yield (f"data    {dataset.name} ({args.data}): {len(dataset.classnames)} classes, "
            f"{counts[0]} train, {counts[1]} val, {counts[2]} test images")
-    for name, target in targets.items():
+    every = dict(itertools.chain(*(group.items() for group in targets.values())))
+    for name, target in every.items():
         names = ", ".join(target.classnames[:10]) + (", ..." if len(target.classnames) > 10 else "")
         yield f"target  {name}: {len(target.test)} images, {len(target.classnames)} classes: {names}"
     frozen, learned = (sum(p.numel() for p in m.parameters()) for m in (clip, prompts))
@@ -720,7 +748,7 @@ def describe(
            f"{learned:,} to learn in the prompts")
     processes = f", {world()[1]} processes" if world()[1] > 1 else ""
     yield f"device  {args.device}, {args.precision}{processes}"
-    for note in dict.fromkeys(note for d in (dataset, *targets.values()) for note in d.notes):
+    for note in dict.fromkeys(note for d in (dataset, *every.values()) for note in d.notes):
         yield f"note    {note}"
     per_class = collections.Counter(label for _, label in dataset.train)
     few = [label for label, count in per_class.items() if count < max(args.shots)]
@@ -777,8 +805,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--download", action="store_true", help="fetch --data DIR first, if torchvision can")
     add("--model", metavar="NAME_OR_PATH", help=f"one of {', '.join(available_models())}, or a"
         " file of CLIP weights; default: ViT-B/16, for the demo its own")
-    add("--classes", choices=("base", "all"), default="base", help="tune on the first half of the"
-        " classes and test on both halves (default), or tune and test on all")
+    add("--classes", nargs="+", choices=("base", "all"), default=["base"], help="tune on the first"
+        " half of the classes and test on both halves (default), tune and test on all, or both")
     add("--eval-data", nargs="+", metavar="DIR", default=[], help="also test on these; DIR:inverted,"
         " DIR:noisy and DIR:rotated shift the pictures")
     add("--classnames", metavar="FILE", help="ImageNet's classnames.txt, if it is not found")

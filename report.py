@@ -1,5 +1,6 @@
 """What a run shows and keeps: log, progress, tables, pictures, metrics. Knows nothing of a method."""
 
+import contextlib
 import itertools
 import json
 import platform
@@ -34,8 +35,15 @@ class Progress:
 
     def __init__(self, log: Log, total: int, images: int):
         self.log, self.total, self.images = log, total, images
-        self.start, self.done, self.printed = time.time(), 0, 0.0
+        self.start, self.done, self.waited, self.printed = time.time(), 0, 0.0, 0.0
         self.terminal = sys.stdout.isatty() and not log.quiet
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around what a step has to wait for: reading images."""
+        before = time.time()
+        yield
+        self.waited += time.time() - before
 
     def step(self) -> None:
         self.done += 1
@@ -47,7 +55,8 @@ class Progress:
         self.line = (
             f"{title}  loss {means['loss']:.3f}  CE {means['ce']:.3f}  OT {means['ot']:.4f}  "
             f"off-diagonal {means['off_diagonal']:.1%}  "
-            f"{self.images * self.done / seconds:.0f} images/s  {duration(left)} left"
+            f"{self.images * self.done / seconds:.0f} images/s ({self.waited / seconds:.0%} waiting)  "
+            f"{duration(left)} left"
         )
         if self.terminal:
             print(f"\r{self.line}\033[K", end="", flush=True)
@@ -74,46 +83,40 @@ def harmonic_mean(base: float, novel: float) -> float:
 
 
 def results(metrics: dict) -> str:
-    """The table of `metrics.json` as Markdown, which reads well in a terminal, too.
+    """The tables of `metrics.json` as Markdown, which reads well in a terminal, too."""
+    return "\n\n".join(_result_table(table, metrics) for table in metrics["tables"])
 
-    Base-to-novel: a row for each method, columns base, novel, HM. Otherwise a row for each data
-    set, with the average over the --eval-data targets. Mean and standard deviation over seeds.
+
+def _result_table(table: dict, metrics: dict) -> str:
+    """Rows are data sets and their summary, columns are methods; base-to-novel is the other way.
+
+    Mean and standard deviation (of the sample) over seeds, also of HM and average.
     """
-    columns = {}  # method -> one {target: accuracy} for each seed
-    if metrics["zero_shot"]:
-        columns['zero-shot, "a photo of a {}."'] = [metrics["zero_shot"]]
+    names = table["source"] + table["targets"]
+    methods = {'zero-shot, "a photo of a {}."': [metrics["zero_shot"]]}
     if metrics["zero_shot_template"] != metrics["zero_shot"]:
-        columns["zero-shot, the data set's template"] = [metrics["zero_shot_template"]]
-    shots = {run["shots"] for run in metrics["runs"]}
-    for run in metrics["runs"]:
-        many = f", {run['shots'] or 'all'} shots" if len(shots) > 1 else ""
-        columns.setdefault(f"tuned, {run['reg']}{many}", []).append(run["accuracy"])
-    columns = {m: [_with_summary(accuracy) for accuracy in seeds] for m, seeds in columns.items()}
-    rows = list(next(iter(columns.values()))[0]) if columns else []
-    cells = [
-        [row, *(_mean_and_deviation([seed[row] for seed in seeds]) for seeds in columns.values())]
-        for row in rows
-    ]
-    table = [["accuracy in %", *columns], *cells]
-    if rows == ["base", "novel", "HM"]:
-        table = [list(row) for row in zip(*table)]
-    return markdown(table)
+        methods["zero-shot, the data set's template"] = [metrics["zero_shot_template"]]
+    runs = [run for run in metrics["runs"] if set(names) <= set(run["accuracy"])]
+    many_shots = len({run["shots"] for run in runs}) > 1
+    for run in runs:
+        shots = f", {run['shots'] or 'all'} shots" if many_shots else ""
+        methods.setdefault(f"tuned, {run['reg']}{shots}", []).append(run["accuracy"])
+
+    rows = [[table["title"], *methods]]
+    for name in names:
+        rows.append([name, *(_mean([seed[name] for seed in seeds]) for seeds in methods.values())])
+    if table["targets"] == ["base", "novel"]:
+        summary = "HM", lambda values: harmonic_mean(*values)
+    else:
+        summary = "average of targets", statistics.mean
+    if len(table["targets"]) > 1:
+        of_seeds = [[summary[1]([seed[n] for n in table["targets"]]) for seed in seeds]
+                    for seeds in methods.values()]
+        rows.append([summary[0], *map(_mean, of_seeds)])
+    return markdown([list(row) for row in zip(*rows)] if summary[0] == "HM" else rows)
 
 
-def _with_summary(accuracy: dict[str, float]) -> dict[str, float]:
-    """{target: accuracy} with the HM of base and novel, and the average over --eval-data."""
-    names = list(accuracy)
-    own = names[:2] if names[:2] == ["base", "novel"] else names[:1]
-    summary = {name: accuracy[name] for name in own}
-    if len(own) == 2:
-        summary["HM"] = harmonic_mean(accuracy["base"], accuracy["novel"])
-    others = {name: accuracy[name] for name in names[len(own) :]}
-    if len(others) > 1:
-        others["average of targets"] = statistics.mean(others.values())
-    return summary | others
-
-
-def _mean_and_deviation(values: list[float]) -> str:
+def _mean(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 

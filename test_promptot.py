@@ -1,10 +1,9 @@
-"""Tests of the method and of CLIP with prompts. Offline, on small models; they show what holds.
+"""Tests: offline, on small models and tiny data; they show what may be relied on.
 
     python -m pytest -q
 """
 
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -12,17 +11,19 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import time
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import clip_model
 import data
@@ -651,6 +652,553 @@ def test_a_loss_that_is_not_finite_stops_the_run(demo_clip):
 
 
 # --------------------------------------------------------------------------------------------------
+# Data: tiny folders to load
+
+CLASSES = ["red_fox", "tabby", "zebra"]
+
+
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (12, 10)) -> None:
+    """A small image of random pixels; the seed makes it its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.frombytes("RGB", size, random.Random(seed).randbytes(3 * size[0] * size[1])).save(path)
+
+
+def class_folders(root: Path, counts: dict[str, int]) -> Path:
+    for c, count in counts.items():
+        for i in range(count):
+            picture(root / c / f"{i:03d}.png", hash((len(c), i)))
+    return root
+
+
+def benchmark(name: str) -> data.Benchmark:
+    return next(b for b in data.BENCHMARKS if b.name == name)
+
+
+def build(name: str, parent: Path) -> Path:
+    """A tiny copy of a benchmark: three classes with 3 train, 1 val and 2 test images each."""
+    b = benchmark(name)
+    home = parent / b.folder
+    wnids = [f"n0000000{i}" for i in range(3)]
+    if "classnames.txt" in b.files:
+        folders = [str(i) for i in range(3)] if name == "ImageNetV2" else wnids
+        parts = {"train/": 3, "val/": 2} if name == "ImageNet" else {"": 2}
+        for part, count in parts.items():
+            class_folders(home / b.images / part, dict.fromkeys(folders, count))
+        lines = [f"{w} {c.replace('_', ' ')}" for w, c in zip(wnids, CLASSES)]
+        (home / "classnames.txt").write_text("\n".join(lines) + "\n")
+        return home
+    split = defaultdict(list)
+    for label, c in enumerate(CLASSES):
+        for i, part in enumerate(["train"] * 3 + ["val"] + ["test"] * 2):
+            split[part].append((f"{label}{i}.jpg", label, c))
+            picture(home / b.images / f"{label}{i}.jpg", 10 * label + i)
+    if name == "FGVCAircraft":
+        (home / "variants.txt").write_text("\n".join(CLASSES))
+        for part, rows in split.items():
+            text = "".join(f"{path[:-4]} {c}\n" for path, _, c in rows)
+            (home / f"images_variant_{part}.txt").write_text(text)
+    else:
+        (home / b.split_file).write_text(json.dumps(split))
+    return home
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: benchmarks
+
+
+@pytest.mark.parametrize("name", [b.name for b in data.BENCHMARKS])
+def test_every_benchmark_is_known_by_its_folder_or_its_files(name, tmp_path):
+    home = build(name, tmp_path)
+    dataset = data.load_dataset(home)
+    assert dataset.name == name and dataset.template == benchmark(name).template
+    assert dataset.classnames == ["red fox", "tabby", "zebra"]  # as CLIP reads them
+    test_only = name.startswith("ImageNet") and name != "ImageNet"
+    counts = [len(dataset.train), len(dataset.val), len(dataset.test)]
+    assert counts == ([0, 0, 6] if test_only else [9, 0, 6] if name == "ImageNet" else [9, 3, 6])
+    assert all(Path(path).is_file() for path, _ in dataset.train + dataset.val + dataset.test)
+    assert [label for _, label in dataset.test] == [0, 0, 1, 1, 2, 2]
+    assert not any("compare" in note for note in dataset.notes)
+
+    assert data.load_dataset(tmp_path) == dataset  # the folder that it is in, too
+    renamed = home.rename(tmp_path / "my pictures")
+    assert data.load_dataset(renamed).name == name
+
+
+@pytest.mark.parametrize("name", [b.name for b in data.BENCHMARKS])
+def test_a_wrong_tree_gets_the_expected_one(name, tmp_path):
+    b = benchmark(name)
+    home = tmp_path / b.folder
+    home.mkdir()
+    with pytest.raises(FileNotFoundError) as e:
+        data.load_dataset(home)
+    first, *tree = str(e.value).splitlines()
+    assert str(home) in first
+    for line in (f"{b.folder}/", f"{b.images}/...", *(b.files or [b.split_file])):
+        assert line in [t.strip() for t in tree]
+
+
+@pytest.mark.parametrize("name", ["ImageNetV2", "ImageNet-A"])
+def test_imagenet_variants_find_the_names_in_the_sibling_or_where_told(name, tmp_path):
+    home = build(name, tmp_path)
+    elsewhere = (home / "classnames.txt").rename(tmp_path / "names.txt")
+    for told in (None, tmp_path / "typo.txt"):
+        with pytest.raises(FileNotFoundError, match="no file .*(classnames|typo).txt"):
+            data.load_dataset(home, classnames_file=told)
+    assert data.load_dataset(home, classnames_file=elsewhere).classnames[0] == "red fox"
+    build("ImageNet", tmp_path)
+    assert data.load_dataset(home).classnames[0] == "red fox"
+
+
+def test_imagenet_v2_folders_are_lines_of_classnames(tmp_path):
+    home = class_folders(tmp_path / "imagenetv2", {f"imagenetv2-matched-frequency-format-val/{i}": 1
+                                                   for i in range(12)})
+    lines = [f"n{i:08d} class {i}" for i in range(12)]
+    (home / "classnames.txt").write_text("\n".join(lines))
+    dataset = data.load_dataset(home)
+    assert dataset.classnames == [f"class {i}" for i in range(12)]
+    assert all(Path(path).parent.name == str(label) for path, label in dataset.test)
+
+
+def test_imagenet_has_names_that_two_classes_share(tmp_path):
+    """CLIP's list has "missile" and "sunglasses" twice, and published numbers are with them."""
+    home = build("ImageNet", tmp_path)
+    (home / "classnames.txt").write_text("n00000000 missile\nn00000001 crane\nn00000002 missile\n")
+    dataset = data.load_dataset(home)
+    assert dataset.classnames == ["missile", "crane", "missile"]
+    assert any("missile" in note for note in dataset.notes)
+
+
+def test_eurosat_as_torchvision_leaves_it(tmp_path):
+    images = class_folders(tmp_path / "eurosat/2750", {"Forest": 10, "AnnualCrop": 10, "River": 10})
+    dataset = data.load_dataset(tmp_path)
+    assert dataset.classnames == ["Annual Crop Land", "Forest", "River"]
+    assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [15, 6, 9]
+    assert any("split" in note for note in dataset.notes)
+    for root in (tmp_path / "eurosat", images):
+        assert data.load_dataset(root) == dataset
+    for root in (tmp_path / "x", tmp_path / "EuroSAT_RGB"):  # other zips, other names
+        shutil.copytree(images, root)
+        assert data.load_dataset(root).classnames == dataset.classnames
+
+
+def test_a_benchmark_without_split_file_is_read_from_its_class_folders(tmp_path):
+    home = class_folders(tmp_path / "caltech-101", {
+        f"101_ObjectCategories/{c}": 4 for c in ("BACKGROUND_Google", "Faces", "lotus")
+    })
+    dataset = data.load_dataset(home)
+    assert dataset.classnames == ["face", "lotus"]  # CoOp's names, and without the background
+    assert any("do not compare" in note for note in dataset.notes)
+
+
+def test_flat_image_folders_are_not_classes(tmp_path):
+    home = class_folders(tmp_path / "stanford_cars", {"cars_train": 3, "cars_test": 3})
+    with pytest.raises(FileNotFoundError, match="split_zhou_StanfordCars.json"):
+        data.load_dataset(home)
+
+
+def test_a_folder_of_several_benchmarks_is_refused(tmp_path):
+    build("EuroSAT", tmp_path), build("DescribableTextures", tmp_path)
+    with pytest.raises(ValueError, match="several data sets.*dtd, eurosat"):
+        data.load_dataset(tmp_path)
+
+
+def split_file(home: Path, change) -> None:
+    file = home / "split_zhou_EuroSAT.json"
+    split = json.loads(file.read_text())
+    change(split)
+    file.write_text(json.dumps(split))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s["test"].extend([["a.jpg", 0, "red_fox"], ["b.jpg", 1, "tabby"]]),
+     r"names 2 images that are not there, the first is .*a\.jpg"),
+    (lambda s: [row.__setitem__(1, 3) for p in s.values() for row in p if row[1] == 2],
+     "no image has label 2"),
+    (lambda s: s["test"][0].__setitem__(2, "dog"), "label 0 has two names, 'red_fox' and 'dog'"),
+    (lambda s: [row.__setitem__(2, "red fox") for p in s.values() for row in p if row[1] == 2],
+     "two classes have the name 'red fox'"),
+    (lambda s: s.update(train=[row for row in s["train"] if row[1] != 1]),
+     "no train image of class 'tabby'"),
+    (lambda s: s.pop("test"), "not a split file"),
+    (lambda s: s["train"].append("x"), "not a split file"),
+    (lambda s: [p.clear() for p in s.values()], "two classes are needed"),
+])
+def test_bad_split_files(change, message, tmp_path):
+    home = build("EuroSAT", tmp_path)
+    split_file(home, change)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
+        data.load_dataset(home)
+    assert "\n" not in str(e.value) or isinstance(e.value, FileNotFoundError)
+
+
+def test_unreadable_json_and_unknown_variant(tmp_path):
+    home = build("EuroSAT", tmp_path)
+    (home / "split_zhou_EuroSAT.json").write_text('{"train": [')
+    with pytest.raises(ValueError, match="is not a split file"):
+        data.load_dataset(home)
+    home = build("FGVCAircraft", tmp_path)
+    (home / "images_variant_val.txt").write_text("003 Concorde\n")
+    with pytest.raises(ValueError, match="Concorde"):
+        data.load_dataset(home)
+
+
+def test_download(tmp_path, monkeypatch):
+    class FGVCAircraft:
+        _URL = "http://example.org/aircraft.tar.gz"
+
+        def __init__(self, root, download):
+            assert download
+            build("FGVCAircraft", Path(root)).rename(Path(root) / "data")
+            (Path(root) / "fgvc-aircraft-2013b").mkdir()
+            (Path(root) / "data").rename(Path(root) / "fgvc-aircraft-2013b/data")
+
+    class Offline(FGVCAircraft):
+        def __init__(self, root, download):
+            Path(root, "half").mkdir()
+            raise OSError("no route\nto host")
+
+    monkeypatch.setattr(torchvision.datasets, "FGVCAircraft", Offline)
+    with pytest.raises(OSError, match=r"from http://example.org/.*\(no route to host\)$"):
+        data.download("FGVCAircraft", tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "FGVCAircraft", FGVCAircraft)
+    home = data.download("fgvc_aircraft", tmp_path)
+    assert home == tmp_path / "fgvc_aircraft" and len(data.load_dataset(home).train) == 9
+    assert [p.name for p in tmp_path.iterdir()] == ["fgvc_aircraft"]  # nothing left lying about
+    monkeypatch.setattr(torchvision.datasets, "FGVCAircraft", Offline)
+    assert data.download("FGVCAircraft", tmp_path) == home  # is there already
+    with pytest.raises(ValueError, match="UCF101 cannot be downloaded"):
+        data.download("UCF101", tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: folders of one's own
+
+
+def test_class_folders_are_split_50_20_30(tmp_path):
+    """Whatever else is in the folder, and however often it is read."""
+    root = class_folders(tmp_path / "pets", {"tabby_cat": 20, "dog": 10, "eel": 2, "fly": 1})
+    dataset = data.load_dataset(root)
+    assert dataset.name == "pets" and dataset.classnames == ["dog", "eel", "fly", "tabby cat"]
+    count = {p: [sum(y == c for _, y in getattr(dataset, p)) for c in range(4)] for p in data.PARTS}
+    assert count == {"train": [5, 1, 1, 10], "val": [2, 0, 0, 4], "test": [3, 1, 0, 6]}
+    assert any("fly" in note for note in dataset.notes)  # cannot be tested
+    items = dataset.train + dataset.val + dataset.test
+    assert len(items) == len(set(items)) == 33
+
+    shutil.rmtree(root / "tabby_cat")
+    again = data.load_dataset(root)
+    assert again.train == [item for item in dataset.train if item[1] < 3]
+
+
+@pytest.mark.parametrize("n, counts", [
+    (1, [1, 0, 0]), (2, [1, 0, 1]), (3, [2, 0, 1]), (4, [2, 1, 1]), (5, [2, 1, 2]), (10, [5, 2, 3]),
+])
+def test_few_images_go_to_train_then_test_then_val(n, counts):
+    splits = data._split([(str(i), 0, "a") for i in range(n)])
+    assert [len(splits[part]) for part in data.PARTS] == counts
+
+
+def test_folders_train_and_test(tmp_path):
+    for part, count in {"train": 3, "test": 2}.items():
+        class_folders(tmp_path / part, {"b_c": count, "a": count})
+    dataset = data.load_dataset(tmp_path)
+    assert dataset.classnames == ["a", "b c"] and dataset.val == []
+    assert [y for _, y in dataset.train] == [0, 0, 0, 1, 1, 1] and len(dataset.test) == 4
+
+    class_folders(tmp_path / "test", {"d": 1})
+    with pytest.raises(ValueError, match="different classes: 'd'"):
+        data.load_dataset(tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(FileNotFoundError, match="neither test/ nor val/"):
+        data.load_dataset(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "val")
+    assert data.load_dataset(tmp_path).notes  # val/ is the test set
+
+
+@pytest.mark.parametrize("files, message", [
+    ([], "no class folders"),
+    (["a.png"], "no class folders"),
+    (["cat/a.png", "dog/"], "no images in .*dog"),
+    (["cat/a.png", "cat/b.png"], "two classes are needed"),
+    (["big_cat/a.png", "big cat/b.png"], "two classes have the name 'big cat'"),
+    (["Big_cat/a.png", "big cat/b.png"], "two classes have the name 'big cat'"),  # same tokens
+])
+def test_bad_folders(files, message, tmp_path):
+    for file in files:
+        picture(tmp_path / file) if file.endswith("png") else (tmp_path / file).mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.load_dataset(tmp_path)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nothing"):
+        data.load_dataset(tmp_path / "nothing")
+
+
+def test_other_files_are_skipped_and_noted(tmp_path):
+    class_folders(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "a/readme.txt").write_text("hello")
+    (tmp_path / "a/.DS_Store").write_text("")
+    (tmp_path / ".git").mkdir()
+    dataset = data.load_dataset(tmp_path)
+    assert len(dataset.train + dataset.test) == 4 and "1 files skipped" in dataset.notes[0]
+    assert "readme.txt" in dataset.notes[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: protocol
+
+
+def coop_shots(train, val, shots, seed):
+    """What CoOp does, step by step, with Python's own generator: Dassl's
+    `split_dataset_by_label` and `generate_fewshot_dataset`, first for train, then for val."""
+    random.seed(seed)
+    outputs = []
+    for source, n in ((train, shots), (val, min(shots, 4))):
+        tracker = defaultdict(list)
+        for item in source:
+            tracker[item[1]].append(item)
+        output = []
+        for label, items in tracker.items():
+            if len(items) >= n:
+                sampled = random.sample(items, n)
+            else:
+                sampled = items
+            output.extend(sampled)
+        outputs.append(output)
+    return outputs
+
+
+@pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
+def test_shots_are_those_of_coop(shots):
+    names = random.Random(0)
+    train = [(f"{i}.jpg", names.randrange(7)) for i in range(150)]  # labels in no order
+    train += [("few.jpg", 7), ("too few.jpg", 7)]
+    val = [(f"v{i}.jpg", names.randrange(8)) for i in range(60)]
+    for seed in (0, 1, 2, 3):
+        rng = random.Random(seed)
+        ours = [data.few_shot(train, shots, rng), data.few_shot(val, min(shots, 4), rng)]
+        assert ours == coop_shots(train, val, shots, seed)
+    assert data.few_shot(train, 0, rng) == train
+
+
+def coop_base_novel(train, test, classnames):
+    """CoOp's `subsample_classes`."""
+    labels = sorted({y for _, y in train})
+    m = math.ceil(len(labels) / 2)
+    for selected in (labels[:m], labels[m:]):
+        relabeler = {y: y_new for y_new, y in enumerate(selected)}
+        yield [classnames[y] for y in selected], *(
+            [(path, relabeler[y]) for path, y in items if y in selected] for items in (train, test)
+        )
+
+
+@pytest.mark.parametrize("n", [2, 5, 10])
+def test_base_and_novel_are_those_of_coop(n):
+    items = [(f"{i}.jpg", (7 * i) % n) for i in range(40)]
+    dataset = data.Dataset("x", [f"c{i}" for i in range(n)], items[:20], items[:4], items[20:],
+                           template="{}!", shift=data.noisy)
+    expected = coop_base_novel(dataset.train, dataset.test, dataset.classnames)
+    for part, (classnames, train, test) in zip(data.base_novel(dataset), expected):
+        assert (part.classnames, part.train, part.test) == (classnames, train, test)
+        assert part.template == "{}!" and part.shift is data.noisy
+    assert len(part.notes) == (n == 2)  # accuracy on a single novel class is 100 %
+
+
+def test_base_shots_equal_those_of_the_all_class_run():
+    items = [(f"{i}.jpg", i % 10) for i in range(200)]
+    shots = data.few_shot(items, 4, random.Random(1))
+    dataset = data.Dataset("x", [str(i) for i in range(10)], shots, [], items)
+    base, _ = data.base_novel(dataset)
+    assert base.train == [item for item in shots if item[1] < 5]
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: images
+
+
+def test_test_transform_is_resize_crop_normalise():
+    """Pixel by pixel against Pillow: the smaller edge to 16, then the centre."""
+    image = Image.frombytes("RGB", (64, 32), random.Random(0).randbytes(3 * 64 * 32))
+    crop = image.resize((32, 16), Image.Resampling.BICUBIC).crop((8, 0, 24, 16))
+    x = data.test_transform(16)(image)
+    assert x.shape == (3, 16, 16)
+    for row, column in [(0, 0), (0, 15), (7, 8), (15, 0)]:
+        for channel, value in enumerate(crop.getpixel((column, row))):
+            expected = (value / 255 - data.MEAN[channel]) / data.STD[channel]
+            assert x[channel, row, column].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_train_transform_crops_8_to_100_percent_and_flips_half():
+    """On a ramp from left to right the range of values is the width of the crop."""
+    torch.manual_seed(0)
+    ramp = Image.linear_gradient("L").rotate(90).convert("RGB")  # 256 x 256, 0 to 255
+    transform = data.train_transform(32)
+    assert transform.transforms[0].interpolation.value == "bicubic"
+    pixels = torch.stack([transform(ramp)[0, 16] for _ in range(400)])  # a row of each, (400, 32)
+    pixels = pixels * data.STD[0] + data.MEAN[0]
+    slope = pixels[:, -1] - pixels[:, 0]
+    assert 0.4 < (slope > 0).float().mean() < 0.6
+    widths = slope.abs() * 32 / 31
+    assert widths.min() > math.sqrt(0.08 * 3 / 4) - 0.05 and widths.max() > 0.95
+    # area uniform in (0.08, 1), log ratio uniform: the mean of sqrt(area) is 0.705
+    assert 0.65 < widths.mean() < 0.75
+
+
+@pytest.mark.parametrize("shift", list(data.SHIFTS))
+def test_shifts_are_deterministic_and_touch_test_images_only(shift, tmp_path):
+    class_folders(tmp_path, {"a": 4, "b": 4})
+    plain, shifted = data.load_dataset(tmp_path), data.load_dataset(f"{tmp_path}:{shift}")
+    assert shifted.name == f"{plain.name}:{shift}" and shifted.test == plain.test
+    images = [data.Images(plain.test, data.test_transform(8), s) for s in (None, shifted.shift)]
+    assert not torch.equal(images[0][0][0], images[1][0][0])
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first = [images[1][i][0] for i in range(2)]
+    second = [images[1][i][0] for i in (1, 0)][::-1]
+    assert torch.equal(torch.stack(first), torch.stack(second))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_shifts_by_hand():
+    image = Image.new("RGB", (64, 64), (100, 150, 200))
+    assert data.SHIFTS["inverted"](image).getpixel((3, 3)) == (155, 105, 55)
+    assert data.rotated(image).getpixel((0, 0)) == (0, 0, 0)
+    noise = pil_to_tensor(data.noisy(image)).float()
+    assert abs(noise[1].mean() - 150) < 5 and 40 < noise[0].std() < 55
+    darker = pil_to_tensor(data.noisy(image.point(lambda v: v - 1)))
+    assert (noise - darker).std() > 20  # another image, other noise
+
+
+def test_a_folder_with_a_colon_is_itself(tmp_path):
+    class_folders(tmp_path / "x:noisy", {"a": 2, "b": 2})
+    assert data.load_dataset(f"{tmp_path}/x:noisy").shift is None
+
+
+def test_all_kinds_of_images_become_rgb(tmp_path):
+    grey = Image.frombytes("L", (2, 1), bytes([0, 200]))
+    for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "I"):
+        if mode.startswith("I"):
+            image = Image.frombytes("I;16", (2, 1), bytes([0, 0, 0, 200])).convert(mode)
+        else:
+            image = grey.convert(mode)
+        path = tmp_path / f"{mode[0]}.tiff"
+        image.save(path)
+        rgb = data.open_image(str(path))
+        assert rgb.mode == "RGB" and rgb.getpixel((0, 0)) == (0, 0, 0)
+        assert rgb.getpixel((1, 0)) == ((255,) * 3 if mode == "1" else (200,) * 3), mode
+
+
+def broken(path: Path, kind: str) -> str:
+    picture(path, size=(64, 64))
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"no image", "cut": content[: len(content) // 2]}[kind])
+    return str(path)
+
+
+@pytest.mark.parametrize("kind, workers", [
+    ("empty", 0), ("text", 0), ("cut", 0), ("cut", 1), ("bomb", 0), ("missing", 0),
+])
+def test_a_broken_image_is_named_in_one_line(kind, workers, tmp_path, monkeypatch):
+    path = str(tmp_path / "x.png")
+    if kind == "bomb":
+        picture(tmp_path / "x.png", size=(64, 64))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    elif kind != "missing":
+        broken(tmp_path / "x.png", kind)
+    with pytest.raises(ValueError) as e:
+        list(data.test_loader([(path, 0)], 8, 4, workers=workers))
+    assert str(e.value).startswith(f"cannot read the image {path} (") and "\n" not in str(e.value)
+    with pytest.raises(data.ImageError, match="x.png"):
+        data.train_loader([(path, 0)], 8, 4, seed=1, epochs=range(1))
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: batches
+
+
+@pytest.fixture
+def items(tmp_path):
+    class_folders(tmp_path, {"a": 5, "b": 6})
+    dataset = data.load_dataset(tmp_path)
+    return dataset.train + dataset.val + dataset.test  # 11
+
+
+@pytest.mark.parametrize("n, batch_size, sizes", [(11, 4, [4, 4]), (8, 4, [4, 4]), (6, 8, [6])])
+def test_an_epoch_is_a_permutation_without_the_last_incomplete_batch(n, batch_size, sizes):
+    batches = data.EpochBatches(n, batch_size, seed=1, epochs=range(3))
+    assert batches.steps == len(sizes) and len(batches) == len(list(batches)) == 3 * len(sizes)
+    orders = []
+    for epoch in range(3):
+        of_epoch = list(batches)[epoch * len(sizes) : (epoch + 1) * len(sizes)]
+        assert [len(batch) for batch in of_epoch] == sizes
+        draws = [draw for batch in of_epoch for draw in batch]
+        assert {e for e, _ in draws} == {epoch}
+        orders.append([index for _, index in draws])
+        assert len(set(orders[-1])) == sum(sizes) and set(orders[-1]) <= set(range(n))
+    assert orders[0] != orders[1] and list(batches) == list(batches)
+    other = data.EpochBatches(n, batch_size, seed=2, epochs=range(3))
+    assert list(other) != list(batches)
+    late = data.EpochBatches(n, batch_size, seed=1, epochs=range(1, 3))  # after an interruption
+    assert list(late) == list(batches)[len(sizes) :]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_together_see_what_one_sees(world):
+    alone = list(data.EpochBatches(13, 5, seed=1, epochs=range(2)))
+    shares = [list(data.EpochBatches(13, 5, 1, range(2), rank, world)) for rank in range(world)]
+    assert [sum(parts, []) for parts in zip(*shares)] == alone
+    assert all(max(map(len, parts)) - min(map(len, parts)) <= 1 for parts in zip(*shares))
+    with pytest.raises(ValueError, match="too few for 6 processes"):
+        data.EpochBatches(13, 5, 1, range(2), 0, 6)
+
+
+def test_pictures_depend_on_seed_epoch_and_index_alone(items, monkeypatch):
+    """Not on workers, batch size, shards, interruption, or whether images are kept in memory."""
+    kept = data.Images(items, data.train_transform(8), seed=1)
+    monkeypatch.setattr(data, "KEEP_BYTES", 0)
+    read = data.Images(items, data.train_transform(8), seed=1)
+    assert kept.kept and not read.kept
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for draw in [(0, 3), (1, 3), (0, 4)]:
+        assert torch.equal(kept[draw][0], read[draw][0]) and kept[draw][1] == items[draw[1]][1]
+    assert torch.equal(torch.get_rng_state(), state)  # the program's own randomness is untouched
+    assert not torch.equal(kept[0, 3][0], kept[1, 3][0])
+    twins = data.Images([items[0]] * 2, data.train_transform(8), seed=1)
+    assert not torch.equal(twins[0, 0][0], twins[0, 1][0])
+    other = data.Images(items, data.train_transform(8), seed=2)
+    assert not torch.equal(kept[0, 3][0], other[0, 3][0])
+
+
+def test_loaders_give_the_same_with_and_without_workers_and_in_shards(items):
+    def run(epochs=range(3), **kwargs):
+        loader = data.train_loader(items, 8, 4, seed=1, epochs=epochs, **kwargs)
+        assert loader.batch_sampler.steps == 2 and len(loader) == 2 * len(epochs)
+        return list(loader)
+
+    state = torch.get_rng_state()
+    alone = run()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert alone[0][0].shape == (4, 3, 8, 8) and alone[0][1].dtype == torch.long
+    shards = [
+        [torch.cat(parts) for parts in zip(a, b)]
+        for a, b in zip(run(rank=0, world=2), run(rank=1, world=2))
+    ]
+    for other in (run(workers=2), shards, alone[:2] + run(epochs=range(1, 3), workers=1)):
+        for (x, y), (x2, y2) in zip(alone, other, strict=True):
+            assert torch.equal(x, x2) and torch.equal(y, y2)
+
+
+def test_test_loader_keeps_the_order(items):
+    for workers in (0, 2):
+        loader = data.test_loader(items, 8, 4, workers=workers)
+        batches = list(loader)
+        assert [len(y) for _, y in batches] == [4, 4, 3]
+        assert torch.cat([y for _, y in batches]).tolist() == [y for _, y in items]
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -670,11 +1218,11 @@ def test_demo_from_the_command_line(tmp_path, capsys):
     assert zero_shot["base"] > 60 and zero_shot["novel"] > 60  # chance is 20
     assert result["accuracy"]["base"] > 70 and result["accuracy"]["novel"] > 70
     printed = capsys.readouterr().out
-    order = ["data  ", "model  ", "zero-shot base", "off-diagonal", "| accuracy in %", "tuned, ot"]
+    order = ["data  ", "model  ", "zero-shot base", "off-diagonal", "| base-to-novel", "tuned, ot"]
     places = [printed.index(word) for word in order]
     assert places == sorted(places)
     assert "HM" in (tmp_path / "run" / "results.md").read_text()
-    files = {p.name for p in (tmp_path / "run" / "ot-16shots-seed1").iterdir()}
+    files = {p.name for p in (tmp_path / "run" / "base-ot-16shots-seed1").iterdir()}
     assert files == {"prompts.pt", "plan.png"}
 
 
@@ -689,8 +1237,8 @@ def test_seeds_shots_and_regularisers_in_one_table_and_resume(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("finished before") == 4
     assert "tuned, pointwise, 2 shots" in printed and " ± " in printed
-    for args in (("--lam", 5), ("--classes", "all")):
-        expect_error(capsys, args[0][2:], "--output", tmp_path, "--epochs", 1, *args, "--resume")
+    for args in (("--lam", 5), ("--no-augment",)):
+        expect_error(capsys, args[0][-3:], "--output", tmp_path, "--epochs", 1, *args, "--resume")
     expect_error(capsys, "--resume", "--output", tmp_path, "--epochs", 1)
 
 
@@ -701,7 +1249,7 @@ def test_killed_at_any_moment_and_resumed(tmp_path):
     command = [sys.executable, HERE / "promptot.py", *args, "--output", tmp_path / "killed",
                "--resume"]
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    prompts = "ot-4shots-seed1/prompts.pt"
+    prompts = "base-ot-4shots-seed1/prompts.pt"
     for seconds in (4, 5, 6):
         process = subprocess.Popen([str(c) for c in command], env=env, stdout=subprocess.DEVNULL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -715,18 +1263,21 @@ def test_killed_at_any_moment_and_resumed(tmp_path):
 
 
 def test_all_classes_other_data_and_shifts(tmp_path, capsys):
-    metrics = run("--output", tmp_path, *QUICK, "--classes", "all", "--eval-data",
+    metrics = run("--output", tmp_path, *QUICK, "--classes", "base", "all", "--eval-data",
                   f"{DEMO}/digits:inverted", f"{DEMO}/digits:noisy", DEMO / "letters")
     targets = ["digits", "digits:inverted", "digits:noisy", "letters"]
-    assert list(metrics["runs"][0]["accuracy"]) == targets == list(metrics["zero_shot"])
+    base, every = metrics["runs"]
+    assert list(base["accuracy"]) == ["base", "novel"] and list(every["accuracy"]) == targets
+    assert list(metrics["zero_shot"]) == ["base", "novel", *targets]
     printed = capsys.readouterr().out
-    assert "| average of targets |" in printed.replace("  ", "")
-    assert "26 classes" in printed
+    places = [printed.index(f"| {title} ") for title in
+              ("base-to-novel", "cross-dataset", "domain generalisation", "average of targets")]
+    assert places == sorted(places)
 
 
 def test_saved_prompts_are_evaluated_and_predict(tmp_path, capsys):
     metrics = run("--output", tmp_path / "run", *QUICK)
-    prompts = tmp_path / "run" / "ot-4shots-seed1" / "prompts.pt"
+    prompts = tmp_path / "run" / "base-ot-4shots-seed1" / "prompts.pt"
     assert prompts.stat().st_size < 100_000
     loaded = run("--load", prompts, "--output", tmp_path / "loaded")
     assert loaded["runs"][0]["accuracy"] == metrics["runs"][0]["accuracy"]
@@ -804,7 +1355,7 @@ def test_torchrun_gives_the_prompts_of_one_process(tmp_path):
                "--output", tmp_path / "two", "--device", "cpu"]
     subprocess.run([str(c) for c in command], check=True, timeout=120,
                    env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    prompts = [torch.load(tmp_path / d / "ot-4shots-seed1/prompts.pt") for d in ("one", "two")]
+    prompts = [torch.load(tmp_path / d / "base-ot-4shots-seed1/prompts.pt") for d in ("one", "two")]
     for name in ("text", "vision"):
         torch.testing.assert_close(prompts[0][name], prompts[1][name], rtol=1e-3, atol=1e-5)
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
@@ -820,9 +1371,11 @@ def test_results_table():
     runs = [{"reg": reg, "shots": 16, "seed": s, "accuracy": {"base": 90.0 + s, "novel": 60.0}}
             for reg in ("none", "ot") for s in (1, 3)]
     zero_shot = {"base": 50.0, "novel": 50.0}
-    metrics = {"zero_shot": zero_shot, "zero_shot_template": zero_shot, "runs": runs}
+    table = {"title": "base-to-novel", "targets": ["base", "novel"], "source": []}
+    metrics = {"zero_shot": zero_shot, "zero_shot_template": zero_shot, "runs": runs,
+               "tables": [table]}
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in report.results(metrics).split("\n")]
-    assert rows[0] == ["accuracy in %", "base", "novel", "HM"]
+    assert rows[0] == ["base-to-novel", "base", "novel", "HM"]
     assert rows[2] == ['zero-shot, "a photo of a {}."', "50.00", "50.00", "50.00"]
     assert rows[3][:3] == ["tuned, none", "92.00 ± 1.41", "60.00 ± 0.00"]
     hm = [report.harmonic_mean(91, 60), report.harmonic_mean(93, 60)]
