@@ -168,7 +168,9 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             collections.OrderedDict(
-                c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=QuickGELU(),
+                c_proj=nn.Linear(4 * width, width),
             )
         )
         self.ln_2 = nn.LayerNorm(width)
@@ -245,7 +247,8 @@ class CLIP(nn.Module):
     ):
         super().__init__()
         if vision_width % HEAD_WIDTH or text_width % HEAD_WIDTH:
-            raise ValueError(f"widths {vision_width}, {text_width} are not multiples of {HEAD_WIDTH}")
+            widths = f"widths {vision_width} and {text_width}"
+            raise ValueError(f"{widths} must be multiples of {HEAD_WIDTH}")
         self.image_resolution = image_resolution
         self.visual = VisionTransformer(
             image_resolution, patch_size, vision_width, vision_layers, embed_dim
@@ -359,7 +362,8 @@ class CLIP(nn.Module):
                 f"not the weights of a CLIP with a vision transformer: no {e} (found {found}, ...)"
             ) from None
         except RuntimeError as e:  # load_state_dict lists what is missing, left over or misshapen
-            raise ValueError(f"not the weights of a CLIP: {' '.join(str(e).split())[:200]}") from None
+            reason = " ".join(str(e).split())[:200]
+            raise ValueError(f"not the weights of a CLIP: {reason}") from None
         return model.requires_grad_(False).eval()
 
 
@@ -491,7 +495,7 @@ SAFETENSORS_DTYPES = {
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """8 bytes: length of a JSON header; the header: dtype, shape and place of each tensor; bytes."""
+    """8 bytes: length of a JSON header; the header: dtype, shape, place of each tensor; bytes."""
     data = bytearray(path.read_bytes())  # writable, as torch.frombuffer likes it
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])

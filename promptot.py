@@ -116,7 +116,7 @@ def sinkhorn(
         if excess > 1 and error.max() <= 0.003:
             log_plan, excess = log_plan * min(2, excess), excess / min(2, excess)
             last_error = math.inf  # of another problem
-    return plan * (a > info.tiny) * (b > info.tiny).mT  # where there is no mass, 1e-38 was transported
+    return plan * (a > info.tiny) * (b > info.tiny).mT  # no mass: 1e-38 went there
 
 
 def _marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -126,8 +126,8 @@ def _marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor
     b = None if b is None else b.to(cost)
     a = b.sum(-1, keepdim=True).expand(*b.shape[:-1], n) / n if a is None else a
     b = a.sum(-1, keepdim=True).expand(*a.shape[:-1], m) / m if b is None else b
-    if a.shape[-1] != n or b.shape[-1] != m:
-        raise ValueError(f"cost {n} x {m} needs {n} and {m} masses, not {a.shape[-1]}, {b.shape[-1]}")
+    if (a.shape[-1], b.shape[-1]) != (n, m):
+        raise ValueError(f"{n} x {m} costs and {a.shape[-1]}, {b.shape[-1]} masses do not fit")
     if (a < 0).any() or (b < 0).any():
         raise ValueError("masses must not be negative")
     if not torch.allclose(a.sum(-1), b.sum(-1), rtol=1e-3, atol=0):
@@ -199,7 +199,7 @@ TEXT_CHUNK = 256  # classes; more are encoded in chunks, and again in the backwa
 
 
 class PromptLearner(nn.Module):
-    """All that is learned: `text` (depth, n_ctx, text width), `vision` (depth, n_ctx, vision width).
+    """All that is learned: `text` (depth, n_ctx, width) and `vision` (depth, n_ctx, its width).
 
     The first text layer starts from the embeddings of "a photo of a", everything else from
     N(0, 0.02^2). Depth is cut to the layers of each tower. 61,440 numbers for ViT-B/16.
@@ -242,7 +242,7 @@ class PromptOT(nn.Module):
         self.set_classes(classnames)
 
     def set_classes(self, classnames: list[str]) -> "PromptOT":
-        """Takes other class names, to which the prompts then apply; encodes them with frozen CLIP."""
+        """Takes other class names for the prompts to apply to; frozen CLIP encodes them, too."""
         n_ctx = self.prompts.text.shape[1]
         # More prompts than words in "a photo of a": place holders keep their positions free.
         template = TEMPLATE.replace(CONTEXT, CONTEXT + " x" * (n_ctx - len(CONTEXT.split())))
@@ -251,13 +251,13 @@ class PromptOT(nn.Module):
         self.text0 = class_features(self.clip, classnames, precision=self.precision)
         return self
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """(B, 3, R, R) -> (B, D), tuned."""
+    def image_features(self, images: Tensor, tuned: bool = True) -> Tensor:
+        """(B, 3, R, R) -> (B, D) of the tuned or the frozen model (which needs no gradient)."""
         with autocast(images.device, self.precision):
-            return unit(self.clip.encode_image(images, self.prompts.vision))
+            return unit(self.clip.encode_image(images, self.prompts.vision if tuned else None))
 
     def text_features(self) -> Tensor:
-        """Features of the classes, (C, D), tuned; several processes share the work."""
+        """Features (C, D) of the classes, tuned; several processes share the work."""
         n_classes, size = len(self.tokens), world()[1]
         tokens = shard(self.tokens.repeat(-(-size // n_classes), 1))  # something for each process
         with autocast(self.prompts.text.device, self.precision):
@@ -296,10 +296,9 @@ class PromptOT(nn.Module):
         if reg == "none":
             zero = torch.zeros_like(ce)
             return ce, {"ce": ce.detach(), "ot": zero, "off_diagonal": zero, "plan": None}
-        with torch.no_grad(), autocast(images.device, self.precision):
-            image0 = gather(unit(self.clip.encode_image(images)))
+        image0, text0 = gather(self.image_features(images, tuned=False)), self.text0
         ot, plan = ot_loss(
-            image, text[labels], image0, self.text0[labels], epsilon, modality, reg == "pointwise"
+            image, text[labels], image0, text0[labels], epsilon, modality, reg == "pointwise"
         )
         parts = {"ce": ce.detach(), "ot": ot.detach(), "off_diagonal": off_diagonal(plan)}
         return ce + lam * ot, {**parts, "plan": plan}
@@ -411,7 +410,7 @@ def train(
     augment: bool = True,
     workers: int = 0,
     state_file: Path | None = None,
-    log: Callable = report.Log(),
+    log: Callable = print,
 ) -> list[dict]:
     """Tunes the prompts of `model` on items (image path, label); returns the means of each epoch.
 
@@ -465,7 +464,7 @@ def _means(parts: list[Tensor], epoch: int) -> dict[str, float]:
     steps = torch.stack(parts).cpu()
     if not steps.isfinite().all():
         step = int(steps.isfinite().all(dim=1).logical_not().nonzero()[0]) + 1
-        raise ValueError(f"the loss is not finite in epoch {epoch + 1}, step {step}: try a lower --lr")
+        raise ValueError(f"the loss is not finite in epoch {epoch + 1}, step {step}; lower --lr?")
     return dict(zip(("loss", "ce", "ot", "off_diagonal"), steps.mean(dim=0).tolist()))
 
 
@@ -519,8 +518,8 @@ def plan_of(model: PromptOT, items: list, epsilon: float, limit: int = 128) -> t
     features = []
     for images, labels in test_loader(items, model.clip.image_resolution, TEST_BATCH):
         images, labels = images.to(device), labels.to(device)
-        frozen = unit(model.clip.encode_image(images))
-        features.append((model.image_features(images), text[labels], frozen, model.text0[labels]))
+        tuned, frozen = (model.image_features(images, tuned) for tuned in (True, False))
+        features.append((tuned, text[labels], frozen, model.text0[labels]))
     image, text, image0, text0 = (torch.cat(column) for column in zip(*features))
     cost = (1 - image @ image0.T) + (1 - text @ text0.T)
     return cost, sinkhorn(cost, epsilon=epsilon), [label for _, label in items]
@@ -531,7 +530,7 @@ def plan_of(model: PromptOT, items: list, epsilon: float, limit: int = 128) -> t
 
 
 def save_atomically(content: dict, path: Path) -> None:
-    """torch.save to a temporary file, then a rename: whoever is killed leaves the old file whole."""
+    """torch.save to a temporary file, then a rename: a killed run leaves the old file whole."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     part = path.with_name(path.name + ".part")
@@ -566,7 +565,7 @@ def _load_state(path: Path, model: PromptOT, optimizer, scaler) -> list[dict]:
         scaler.load_state_dict(state["scaler"])
         return state["history"]
     except (KeyError, TypeError, RuntimeError, ValueError) as e:
-        raise ValueError(f"{path} is not a state of this run ({e}); without it, it starts anew")
+        raise ValueError(f"{path} is not a state of this run ({e}); remove it?") from None
 
 
 def save_prompts(model: PromptOT, path: Path, model_name: str, settings: dict) -> None:
@@ -611,7 +610,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_prompts(args.load, clip, args.precision) if args.load else None
     folder = Path(share(args.output or report.free_folder(args.data, args.resume)))
     metrics = report.open_metrics(folder, settings_of(args, clip), args.resume)
-    metrics["tables"] = tables(dataset, targets)
+    metrics["tables"] += [t for t in tables(dataset, targets) if t not in metrics["tables"]]
     log = report.Log(folder / "log.txt", quiet=not is_main())
     save = functools.partial(report.save_metrics, folder) if is_main() else lambda metrics: None
     prompts = loaded.prompts if loaded else PromptLearner(clip, args.n_ctx, args.depth)
@@ -740,12 +739,12 @@ def describe(
            f"{counts[0]} train, {counts[1]} val, {counts[2]} test images")
     every = dict(itertools.chain(*(group.items() for group in targets.values())))
     for name, target in every.items():
-        names = ", ".join(target.classnames[:10]) + (", ..." if len(target.classnames) > 10 else "")
-        yield f"target  {name}: {len(target.test)} images, {len(target.classnames)} classes: {names}"
+        names = ", ".join(target.classnames[:9]) + (", ..." if len(target.classnames) > 9 else "")
+        yield f"target  {name}: {len(target.test)} images; {len(target.classnames)} classes {names}"
     frozen, learned = (sum(p.numel() for p in m.parameters()) for m in (clip, prompts))
     size = clip.image_resolution
-    yield (f"model   {args.model}: {size} x {size} pixels, {frozen / 1e6:.1f} M parameters, frozen; "
-           f"{learned:,} to learn in the prompts")
+    yield (f"model   {args.model}: {size} x {size} pixels, {frozen / 1e6:.1f} M frozen parameters, "
+           f"{learned:,} learned in the prompts")
     processes = f", {world()[1]} processes" if world()[1] > 1 else ""
     yield f"device  {args.device}, {args.precision}{processes}"
     for note in dict.fromkeys(note for d in (dataset, *every.values()) for note in d.notes):
@@ -807,8 +806,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         " file of CLIP weights; default: ViT-B/16, for the demo its own")
     add("--classes", nargs="+", choices=("base", "all"), default=["base"], help="tune on the first"
         " half of the classes and test on both halves (default), tune and test on all, or both")
-    add("--eval-data", nargs="+", metavar="DIR", default=[], help="also test on these; DIR:inverted,"
-        " DIR:noisy and DIR:rotated shift the pictures")
+    add("--eval-data", nargs="+", metavar="DIR", default=[], help="also test on these;"
+        " DIR:inverted, DIR:noisy and DIR:rotated shift the pictures")
     add("--classnames", metavar="FILE", help="ImageNet's classnames.txt, if it is not found")
     add("--shots", nargs="+", type=number(int, 0), default=[16], metavar="K", help="training images"
         " per class, 0 = all (default 16); several: one run each")
@@ -883,14 +882,17 @@ def main(argv: list[str] | None = None) -> None:
         start_processes()
         args = resolve(args)
         if args.download:
-            args.data = str(download(Path(args.data).name, Path(args.data).parent))
+            place = Path(args.data)
+            args.data = share(str(download(place.name, place.parent)) if is_main() else None)
         predict(args) if args.predict else run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: log, progress, tables, pictures, metrics. Knows nothing of a method."""
+"""What a run shows and keeps: log, progress, tables, pictures, metrics. Knows no method."""
 
 import contextlib
 import itertools
@@ -36,7 +36,7 @@ class Progress:
     def __init__(self, log: Log, total: int, images: int):
         self.log, self.total, self.images = log, total, images
         self.start, self.done, self.waited, self.printed = time.time(), 0, 0.0, 0.0
-        self.terminal = sys.stdout.isatty() and not log.quiet
+        self.terminal = sys.stdout.isatty() and not getattr(log, "quiet", False)
 
     @contextlib.contextmanager
     def waiting(self):
@@ -55,8 +55,8 @@ class Progress:
         self.line = (
             f"{title}  loss {means['loss']:.3f}  CE {means['ce']:.3f}  OT {means['ot']:.4f}  "
             f"off-diagonal {means['off_diagonal']:.1%}  "
-            f"{self.images * self.done / seconds:.0f} images/s ({self.waited / seconds:.0%} waiting)  "
-            f"{duration(left)} left"
+            f"{self.images * self.done / seconds:.0f} images/s "
+            f"({self.waited / seconds:.0%} of the time reading)  {duration(left)} left"
         )
         if self.terminal:
             print(f"\r{self.line}\033[K", end="", flush=True)
@@ -179,16 +179,19 @@ def open_metrics(folder: Path, settings: dict, resume: bool) -> dict:
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "torchvision": torchvision.__version__}
         return {"settings": settings, "versions": versions,
-                "zero_shot": {}, "zero_shot_template": {}, "runs": []}
+                "zero_shot": {}, "zero_shot_template": {}, "runs": [], "tables": []}
     if not resume:
-        raise ValueError(f"{folder} holds a run: go on with it by --resume, or name another --output")
+        raise ValueError(f"{folder} holds a run: --resume goes on with it, --output names another")
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
         before = metrics["settings"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is damaged; name another --output") from None
     settings = json.loads(json.dumps(settings))  # as they come back from the file
-    changed = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
+    changed = [
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in settings.items() if before.get(name) != value
+    ]
     if changed:
         raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
     return metrics

@@ -123,9 +123,9 @@ def test_sinkhorn_symmetry_and_batching():
     plans = sinkhorn(cost, epsilon=0.05)
     assert plans.shape == cost.shape
     for i, j in itertools.product(range(2), range(3)):
-        torch.testing.assert_close(plans[i, j], sinkhorn(cost[i, j], epsilon=0.05), atol=1e-5, rtol=0)
-        torch.testing.assert_close(plans[i, j].T, sinkhorn(cost[i, j].T, epsilon=0.05),
-                                   atol=1e-5, rtol=0)
+        alone, swapped = (sinkhorn(c, epsilon=0.05) for c in (cost[i, j], cost[i, j].T))
+        torch.testing.assert_close(plans[i, j], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(plans[i, j].T, swapped, atol=1e-5, rtol=0)
     shifted = cost + torch.rand(2, 3, 5, 1) + torch.rand(2, 3, 1, 6)  # changes no plan
     torch.testing.assert_close(sinkhorn(shifted, epsilon=0.05), plans, atol=1e-5, rtol=0)
 
@@ -188,7 +188,7 @@ def test_gradient_of_the_ot_loss_is_the_plans():
 
 
 def test_envelope_theorem():
-    """Where entropy is part of the objective, that gradient is exact: compare finite differences."""
+    """Where entropy is part of the objective, the gradient is exact: see finite differences."""
     cost = torch.rand(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def objective(cost):
@@ -569,7 +569,8 @@ def test_half_precision_is_near_and_losses_are_fp32(clip, precision):
         model = PromptOT(clip, NAMES, precision=p)
         losses[p], parts = model.loss(images, labels)
         losses[p].backward()
-        assert losses[p].dtype == parts["plan"].dtype == model.prompts.text.grad.dtype == torch.float32
+        for tensor in (losses[p], parts["plan"], model.prompts.text.grad):
+            assert tensor.dtype == torch.float32
     torch.testing.assert_close(losses[precision], losses["fp32"], rtol=0.05, atol=0.01)
 
 
@@ -1374,7 +1375,8 @@ def test_results_table():
     table = {"title": "base-to-novel", "targets": ["base", "novel"], "source": []}
     metrics = {"zero_shot": zero_shot, "zero_shot_template": zero_shot, "runs": runs,
                "tables": [table]}
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in report.results(metrics).split("\n")]
+    lines = report.results(metrics).split("\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert rows[0] == ["base-to-novel", "base", "novel", "HM"]
     assert rows[2] == ['zero-shot, "a photo of a {}."', "50.00", "50.00", "50.00"]
     assert rows[3][:3] == ["tuned, none", "92.00 ± 1.41", "60.00 ± 0.00"]
