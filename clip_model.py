@@ -420,7 +420,7 @@ def load(
     try:
         return CLIP.from_state_dict(read_state_dict(path)).to(device)
     except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
+        raise ValueError(f"{path}: {e}") from e
 
 
 def download(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
@@ -480,8 +480,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
                     return _read_torchscript(archive)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # each reader has its own words for damage; none of them runs code
-        reason = (" ".join(str(e).split()) or type(e).__name__)[:200]
-        raise ValueError(f"cannot read weights, damaged or of an unknown kind ({reason})") from None
+        kinds = "TorchScript archive, torch.save'd state dict, .safetensors"
+        raise ValueError(f"damaged, or none of the known kinds of weights file ({kinds})") from e
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError("not a state dict (names -> tensors)")
     return state

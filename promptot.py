@@ -544,8 +544,7 @@ def load_saved(path: str | os.PathLike) -> dict:
     try:
         return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and torch each have their own words for damage
-        reason = " ".join(str(e).split())[:100]
-        raise ValueError(f"{path} is damaged or not a file of this program ({reason})") from None
+        raise ValueError(f"{path} is damaged, or no file that this program saved") from e
 
 
 def _save_state(path: Path, model: PromptOT, optimizer, scaler, history: list[dict]) -> None:

@@ -1384,5 +1384,13 @@ def test_results_table():
     assert rows[4][3].startswith(f"{sum(hm) / 2:.2f} ±")
 
 
+def test_the_readmes_snippets_run(monkeypatch):
+    monkeypatch.chdir(HERE)
+    snippets = (HERE / "README.md").read_text().split("```python\n")[1:]
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(snippet.split("```")[0], {})
+
+
 def test_durations():
     assert [report.duration(s) for s in (0, 61, 3661)] == ["0:00", "1:01", "1:01:01"]
