@@ -338,8 +338,11 @@ class CLIP(nn.Module):
         ValueError if `state` is not that of a CLIP with a vision transformer.
         """
         extra = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI stored
-        state = {k: v.float() for k, v in state.items() if k not in extra and "attn_mask" not in k}
+        state = {k: v for k, v in state.items() if k not in extra and "attn_mask" not in k}
         try:
+            if not all(v.is_floating_point() for v in state.values()):
+                raise RuntimeError("not all of its tensors are of floating point")
+            state = {k: v.float() for k, v in state.items()}
             width, _, patch, _ = state["visual.conv1.weight"].shape
             patches = len(state["visual.positional_embedding"]) - 1
             text_width, embed_dim = state["text_projection"].shape
@@ -361,7 +364,7 @@ class CLIP(nn.Module):
             raise ValueError(
                 f"not the weights of a CLIP with a vision transformer: no {e} (found {found}, ...)"
             ) from None
-        except RuntimeError as e:  # load_state_dict lists what is missing, left over or misshapen
+        except (RuntimeError, TypeError, ValueError) as e:  # what is missing, left over, misshapen
             reason = " ".join(str(e).split())[:200]
             raise ValueError(f"not the weights of a CLIP: {reason}") from None
         return model.requires_grad_(False).eval()
@@ -478,11 +481,14 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return _read_torchscript(archive)
+                if damaged := archive.testzip():  # torch.load does not compare checksums
+                    raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # each reader has its own words for damage; none of them runs code
         kinds = "TorchScript archive, torch.save'd state dict, .safetensors"
         raise ValueError(f"damaged, or none of the known kinds of weights file ({kinds})") from e
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    entries = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries):
         raise ValueError("not a state dict (names -> tensors)")
     return state
 
@@ -499,13 +505,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     data = bytearray(path.read_bytes())  # writable, as torch.frombuffer likes it
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    state = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    header.pop("__metadata__", None)
+    state, covered = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
+        if begin != covered:
+            raise ValueError("gaps or overlaps between tensors")
         raw = torch.frombuffer(data[start + begin : start + end], dtype=torch.uint8)
         state[name] = raw.view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        covered = end
     return state
 
 
