@@ -86,7 +86,8 @@ def sinkhorn(
         return cost
     n, m = cost.shape[-2:]
     info = torch.finfo(cost.dtype)
-    if a is None and b is None:
+    uniform = a is None and b is None
+    if uniform:
         a, b = cost.new_full((n,), 1 / n), cost.new_full((m,), 1 / m)
     else:
         a, b = _marginals(cost, a, b)
@@ -101,7 +102,7 @@ def sinkhorn(
     hardness = -log_plan.min() / 100  # above 1 it pays to begin with a larger epsilon
     excess = 1.0  # the factor by which epsilon is still too large
 
-    omega, last_error = torch.ones_like(log_plan[..., :1, :1]), math.inf
+    omega, last_error = None, None
     for iteration in range(0, max_iter + 1, SWEEP):
         log_plan = log_plan.log_softmax(dim=-1) + a.log().mT  # rows sum to a
         log_plan = log_plan.log_softmax(dim=-2) + b.log()  # columns sum to b
@@ -114,17 +115,18 @@ def sinkhorn(
             excess = max(1.0, float(hardness))
             log_plan = log_plan / excess
             continue
-        omega, last_error = _relaxation(omega, error, last_error), error
+        omega = None if last_error is None else _relaxation(omega, error, last_error)
+        last_error = error
         u, v = torch.ones_like(a), torch.ones_like(b)  # scales of rows and columns
         transposed = plan.mT.contiguous()  # a row vector times a contiguous matrix is fastest
-        for _ in range(SWEEP):  # the bounds keep 20 factors within fp32
-            u = u * (a / (u * (v @ transposed))).pow(omega).clamp(1e-3, 1e3)
-            v = v * (b / (v * (u @ plan))).pow(omega).clamp(1e-3, 1e3)
+        for _ in range(SWEEP):
+            u = _relaxed(u, a / (v @ transposed), omega)
+            v = _relaxed(v, b / (u @ plan), omega)
         log_plan = log_plan + u.log().mT + v.log()
-        if excess > 1 and error.max() <= 0.003:  # near enough to be a good start for the next
+        if excess > 1 and error.max() <= 1e-4:  # solved: a good start for the next
             log_plan, excess = log_plan * min(2, excess), excess / min(2, excess)
-            last_error = math.inf  # of another problem
-    return plan * (a > info.tiny).mT * (b > info.tiny)  # where no mass is, 1e-38 was transported
+            last_error = None  # the error of another problem says nothing here
+    return plan if uniform else plan * (a > info.tiny).mT * (b > info.tiny)  # 1e-38 stands for 0
 
 
 def _marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,12 +145,20 @@ def _marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor
     return a, b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
 
 
-def _relaxation(omega: Tensor, error: Tensor, last_error: Tensor | float) -> Tensor:
+def _relaxed(old: Tensor, new: Tensor, omega: Tensor | None) -> Tensor:
+    """The step from old to new lengthened by omega: old^(1 - omega) new^omega; kept within fp32."""
+    if omega is not None:
+        new = old * (new / old).pow(omega)
+    return new.clamp(1e-30, 1e30)
+
+
+def _relaxation(omega: Tensor | None, error: Tensor, last_error: Tensor) -> Tensor:
     """Next over-relaxation factor (..., 1, 1), from the errors before and after a sweep with omega.
 
     Young's theory: a step shrinks the error by `rate`, from which follows rho, the rate without
     relaxation, and from rho the best factor. Back to plain Sinkhorn where the error has grown.
     """
+    omega = 1.0 if omega is None else omega
     rate = (error / last_error).clamp(1e-10, 1) ** (1 / SWEEP)
     rho = ((rate + omega - 1) ** 2 / (rate * omega**2)).clamp(max=1 - 1e-5)
     return torch.where(error < last_error, 2 / (1 + (1 - rho).sqrt()), 1.0)

@@ -1,0 +1,275 @@
+"""How long a training step takes, where the time goes, and what the plain way would take.
+
+    python demo/benchmark.py                                           # ViT-B/16; on a CPU half an hour
+    python demo/benchmark.py --classes 5 50 --batch-size 4 --steps 3   # there two minutes
+
+No weights and no data: random weights of the published sizes, random images, made-up class names.
+Prints a Markdown table. "plain" is a re-enactment of the released code: two more copies of CLIP
+(a teacher, and one that is only kept), all texts at 77 tokens by nn.MultiheadAttention, those of
+the teacher encoded again in every step, transport on the CPU. (Its network simplex is replaced by
+textbook log-domain Sinkhorn, which needs no further package; both take milliseconds.)
+Both take their steps in turn, so that what else the machine does falls on both alike.
+"""
+
+import argparse
+import copy
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the modules lie beside this folder
+from clip_model import CLIP, HEAD_WIDTH  # noqa: E402
+from promptot import EPSILON, PRECISIONS, PromptOT, autocast, ot_loss, unit  # noqa: E402
+
+SIZES = {  # embed_dim, image, patch, vision width and layers, text width and layers
+    "ViT-B/32": (512, 224, 32, 768, 12, 512, 12),
+    "ViT-B/16": (512, 224, 16, 768, 12, 512, 12),
+    "ViT-L/14": (768, 224, 14, 1024, 24, 768, 12),
+    "ViT-L/14@336px": (768, 336, 14, 1024, 24, 768, 12),
+}
+WORDS = """apple bear bridge castle chair church cloud desert dog field forest garden glass horse
+house island kitchen lake mountain ocean orange park piano river road rose snake tower train wolf
+annual black great green northern old red spotted white wild""".split()
+COLUMNS = (
+    "classes", "batch", "step, ms", "images/s", "peak, GiB", "of matmul rate", "images", "texts",
+    "losses, OT", "rest", "plain, ms", "speed-up",
+)
+LAM = 10.0
+
+# --------------------------------------------------------------------------------------------------
+# The plain way
+
+
+class PlainBlock(nn.Module):
+    """CLIP's block by nn.MultiheadAttention, with the weights of `block`."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        width = block.ln_1.normalized_shape[0]
+        self.attn = nn.MultiheadAttention(width, width // HEAD_WIDTH, batch_first=True)
+        self.attn.load_state_dict(block.attn.state_dict())
+        self.ln_1, self.mlp, self.ln_2, self.causal = block.ln_1, block.mlp, block.ln_2, block.attn.causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, size = self.ln_1(x), (x.shape[1], x.shape[1])
+        mask = y.new_full(size, float("-inf")).triu(1) if self.causal else None
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        y = self.mlp.c_fc(self.ln_2(x))
+        return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))
+
+
+def plain_copy(clip: CLIP) -> CLIP:
+    clip = copy.deepcopy(clip)
+    for tower in (clip.transformer, clip.visual.transformer):
+        tower.resblocks = nn.ModuleList(PlainBlock(block) for block in tower.resblocks)
+    return clip.to(clip.logit_scale.device).requires_grad_(False)
+
+
+def plain_text(clip: CLIP, tokens: Tensor, prompts: Tensor | tuple = ()) -> Tensor:
+    """`CLIP.encode_text` without a thought: every token of every text."""
+    x = clip.token_embedding(tokens)  # (C, 77, W)
+    for layer, block in enumerate(clip.transformer.resblocks):
+        if layer < len(prompts):
+            new = prompts[layer].expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], new, x[:, 1 + new.shape[1] :]], dim=1)
+        x = block(x + clip.positional_embedding if layer == 0 else x)
+    return clip.ln_final(x)[torch.arange(len(x)), tokens.argmax(dim=1)] @ clip.text_projection
+
+
+@torch.no_grad()
+def plain_sinkhorn(cost: Tensor) -> Tensor:
+    """Entropic transport between uniform marginals, (B, B) -> (B, B)."""
+    scores, n, v = -cost / EPSILON, len(cost), torch.zeros(1, len(cost))
+    for _ in range(100):
+        u = -(scores + v).logsumexp(dim=1, keepdim=True)
+        v = -(scores + u).logsumexp(dim=0, keepdim=True)
+    return (scores + u + v).exp() / n
+
+
+class PlainPromptOT(nn.Module):
+    """The released code's way, with the weights and prompts of a PromptOT."""
+
+    def __init__(self, model: PromptOT):
+        super().__init__()
+        self.student, self.teacher, self.kept = (plain_copy(model.clip) for _ in range(3))
+        self.prompts, self.precision = copy.deepcopy(model.prompts), model.precision
+        self.tokens = model.tokens.to(model.clip.logit_scale.device)
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor]:
+        with autocast(images.device, self.precision):
+            image = unit(self.student.encode_image(images, self.prompts.vision))
+            text = unit(plain_text(self.student, self.tokens, self.prompts.text))
+            image0 = unit(self.teacher.encode_image(images))
+            text0 = unit(plain_text(self.teacher, self.tokens))
+        cost = 2 - image @ image0.T - text[labels] @ text0[labels].T
+        plan = plain_sinkhorn(cost.detach().cpu()).to(cost.device)
+        logits = self.student.logit_scale.exp() * image @ text.T
+        return (F.cross_entropy(logits, labels) + LAM * (plan * cost).sum(),)
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(*functions: Callable, steps: int) -> list[float]:
+    """Median time of each function; they are called in turn, after one call that does not count."""
+    times = [[] for _ in functions]
+    for _ in range(1 + steps):
+        for function, column in zip(functions, times):
+            start = clock()
+            function()
+            column.append(clock() - start)
+    return [statistics.median(column[1:]) for column in times]
+
+
+def trainer(model: nn.Module, images: Tensor, labels: Tensor) -> Callable:
+    """A function that does a training step and returns the loss."""
+    parameters = model.prompts.parameters()
+    optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4)
+
+    def step() -> float:
+        loss = model.loss(images, labels)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+def parts(model: PromptOT, images: Tensor, labels: Tensor) -> list[float]:
+    """Seconds in images, texts, losses: a step cut at the features, so that backward passes of
+    the two towers can be told apart."""
+    marks = []
+
+    def mark(value):
+        marks.append(clock())
+        return value
+
+    mark(None)
+    image, image0 = mark((model.image_features(images), model.image_features(images, tuned=False)))
+    text = mark(model.text_features())
+    f, t = image.detach().requires_grad_(), text.detach().requires_grad_()
+    ce = F.cross_entropy(model.clip.logit_scale.exp() * f @ t.T, labels)
+    mark((ce + LAM * ot_loss(f, t[labels], image0, model.text0[labels])[0]).backward())
+    mark(image.backward(f.grad))
+    mark(text.backward(t.grad))
+    forward, text_forward, losses, backward, text_backward = map(float.__sub__, marks[1:], marks)
+    return [forward + backward, text_forward + text_backward, losses]
+
+
+def matmul_rate(args: argparse.Namespace) -> float:
+    """Operations per second of a big matrix product: the most that the machine can do."""
+    size = 8192 if args.device == "cuda" else 2048
+    x = torch.randn(size, size, device=args.device, dtype=PRECISIONS[args.precision])
+    return 2 * size**3 / seconds(lambda: x @ x, steps=5)[0]
+
+
+def setup(args: argparse.Namespace, n_classes: int, batch_size: int) -> tuple:
+    """Model, images, labels; the same for the same arguments. Names have one to four words."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    lengths = rng.choices((1, 2, 3, 4), weights=(4, 4, 2, 1), k=n_classes)
+    names = [" ".join(rng.sample(WORDS, length)) for length in lengths]
+    with torch.device(args.device):
+        clip = CLIP(*SIZES[args.model])
+        images = torch.randn(batch_size, 3, clip.image_resolution, clip.image_resolution)
+        labels = torch.randint(n_classes, (batch_size,))
+    return PromptOT(clip, names, precision=args.precision), images, labels
+
+
+def peak_memory(args: argparse.Namespace) -> float:
+    """GiB at the peak of three steps: by CUDA's account, else the resident memory of the process."""
+    step = trainer(*setup(args, args.classes[0], args.batch_size[0]))
+    for _ in range(3):
+        step()
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit_of_system = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_of_system / 2**30
+
+
+def in_new_process(args: argparse.Namespace, n_classes: int, batch_size: int) -> float:
+    """`peak_memory` of a process of its own. To be asked first: it inherits this one's peak."""
+    flags = f"--memory --classes {n_classes} --batch-size {batch_size} --model {args.model}"
+    flags += f" --device {args.device} --precision {args.precision}"
+    return float(subprocess.check_output([sys.executable, __file__, *flags.split()]))
+
+
+def row(args: argparse.Namespace, n_classes: int, batch_size: int, memory: float, rate: float) -> list:
+    """The cells of one line of the table."""
+    model, *batch = setup(args, n_classes, batch_size)
+    steps = [trainer(model, *batch)]
+    if n_classes <= args.plain:
+        steps.append(trainer(PlainPromptOT(model), *batch))
+    with FlopCounterMode(display=False) as operations:
+        losses = [steps[0]()]
+    losses += [step() for step in steps[1:]]
+    if max(losses) - min(losses) > (0.001 if args.precision == "fp32" else 0.1) * max(losses):
+        sys.exit(f"error: the losses differ, so that times cannot be compared: {losses}")
+    own, *plain = seconds(*steps, steps=args.steps)
+    trials = [parts(model, *batch) for _ in range(args.steps)]
+    shares = [statistics.median(column) / own for column in zip(*trials)]
+    shares = [f"{share:.0%}" for share in (*shares, max(0, 1 - sum(shares)))]
+    compared = [f"{1000 * plain[0]:.0f}", f"{plain[0] / own:.1f}"] if plain else ["", ""]
+    utilisation = operations.get_total_flops() / own / rate
+    figures = [f"{1000 * own:.0f}", f"{batch_size / own:.1f}", f"{memory:.2f}", f"{utilisation:.0%}"]
+    return [n_classes, batch_size, *figures, *shares, *compared]
+
+
+def evaluation(args: argparse.Namespace) -> str:
+    """Images/s with the text features at hand, as they are during an evaluation."""
+    model, images, _ = setup(args, args.classes[0], max(args.batch_size))
+    with torch.inference_mode():
+        text = model.text_features()
+        passed = seconds(lambda: (model.image_features(images) @ text.T).argmax(1), steps=args.steps)
+    return f"evaluation, batches of {len(images)}: {len(images) / passed[0]:.1f} images/s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", choices=SIZES, default="ViT-B/16")
+    add("--classes", nargs="+", type=int, default=[5, 50, 200, 1000])
+    add("--batch-size", nargs="+", type=int, default=[4, 32])
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=PRECISIONS, default="fp32")
+    add("--steps", type=int, default=5, help="steps of which the median is printed (5)")
+    add("--threads", type=int, help="of the CPU")
+    add("--plain", type=int, default=200, help="compare with the plain way up to this many classes")
+    add("--memory", action="store_true", help="only print the peak memory of the first setting")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    if args.memory:
+        return print(peak_memory(args))
+
+    settings = [(n, size) for n in args.classes for size in args.batch_size]
+    memory = [in_new_process(args, *setting) for setting in settings]
+    rate = matmul_rate(args)
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    device = gpu or f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model}, {args.precision}, {device}, matrix product {rate / 1e12:.2f} TFLOP/s\n")
+    print("|", " | ".join(COLUMNS), "|\n|" + "---:|" * len(COLUMNS))
+    for setting, peak in zip(settings, memory):
+        print("|", " | ".join(map(str, row(args, *setting, peak, rate))), "|", flush=True)
+    print(f"\n{evaluation(args)}")
+
+
+if __name__ == "__main__":
+    main()
