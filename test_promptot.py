@@ -32,6 +32,7 @@ import report
 from clip_model import CLIP, load, tokenize
 from promptot import PromptLearner, PromptOT, learning_rate, main, ot_loss, sinkhorn, unit
 
+torch.set_num_threads(1)  # for models this small, threads only wait for each other
 HERE = Path(__file__).parent
 DEMO = HERE / "demo"
 

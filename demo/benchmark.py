@@ -1,7 +1,7 @@
 """How long a training step takes, where the time goes, and what the plain way would take.
 
-    python demo/benchmark.py                                           # ViT-B/16; on a CPU half an hour
-    python demo/benchmark.py --classes 5 50 --batch-size 4 --steps 3   # there two minutes
+    python demo/benchmark.py --classes 5 50 --batch-size 4    # on two CPU cores: five minutes
+    python demo/benchmark.py                                  # there an hour, on a GPU minutes
 
 No weights and no data: random weights of the published sizes, random images, made-up class names.
 Prints a Markdown table. "plain" is a re-enactment of the released code: two more copies of CLIP
@@ -41,8 +41,8 @@ WORDS = """apple bear bridge castle chair church cloud desert dog field forest g
 house island kitchen lake mountain ocean orange park piano river road rose snake tower train wolf
 annual black great green northern old red spotted white wild""".split()
 COLUMNS = (
-    "classes", "batch", "step, ms", "images/s", "peak, GiB", "of matmul rate", "images", "texts",
-    "losses, OT", "rest", "plain, ms", "speed-up",
+    "classes", "batch", "step, ms", "images/s", "of matmul rate", "images", "texts", "losses, OT",
+    "plain, ms", "speed-up", "peak, GiB",
 )
 LAM = 10.0
 
@@ -58,7 +58,8 @@ class PlainBlock(nn.Module):
         width = block.ln_1.normalized_shape[0]
         self.attn = nn.MultiheadAttention(width, width // HEAD_WIDTH, batch_first=True)
         self.attn.load_state_dict(block.attn.state_dict())
-        self.ln_1, self.mlp, self.ln_2, self.causal = block.ln_1, block.mlp, block.ln_2, block.attn.causal
+        self.ln_1, self.mlp, self.ln_2 = block.ln_1, block.mlp, block.ln_2
+        self.causal = block.attn.causal
 
     def forward(self, x: Tensor) -> Tensor:
         y, size = self.ln_1(x), (x.shape[1], x.shape[1])
@@ -128,14 +129,14 @@ def clock() -> float:
 
 
 def seconds(*functions: Callable, steps: int) -> list[float]:
-    """Median time of each function; they are called in turn, after one call that does not count."""
+    """Median time of each function; they are called in turn."""
     times = [[] for _ in functions]
-    for _ in range(1 + steps):
+    for _ in range(steps):
         for function, column in zip(functions, times):
             start = clock()
             function()
             column.append(clock() - start)
-    return [statistics.median(column[1:]) for column in times]
+    return [statistics.median(column) for column in times]
 
 
 def trainer(model: nn.Module, images: Tensor, labels: Tensor) -> Callable:
@@ -148,14 +149,16 @@ def trainer(model: nn.Module, images: Tensor, labels: Tensor) -> Callable:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
 
 def parts(model: PromptOT, images: Tensor, labels: Tensor) -> list[float]:
-    """Seconds in images, texts, losses: a step cut at the features, so that backward passes of
-    the two towers can be told apart."""
+    """Shares of images, texts, losses in a step (what the optimiser does takes next to nothing).
+
+    The step is cut at the features, so that the backward passes of the towers can be told apart.
+    """
     marks = []
 
     def mark(value):
@@ -171,7 +174,8 @@ def parts(model: PromptOT, images: Tensor, labels: Tensor) -> list[float]:
     mark(image.backward(f.grad))
     mark(text.backward(t.grad))
     forward, text_forward, losses, backward, text_backward = map(float.__sub__, marks[1:], marks)
-    return [forward + backward, text_forward + text_backward, losses]
+    total = marks[-1] - marks[0]
+    return [(forward + backward) / total, (text_forward + text_backward) / total, losses / total]
 
 
 def matmul_rate(args: argparse.Namespace) -> float:
@@ -195,14 +199,13 @@ def setup(args: argparse.Namespace, n_classes: int, batch_size: int) -> tuple:
 
 
 def peak_memory(args: argparse.Namespace) -> float:
-    """GiB at the peak of three steps: by CUDA's account, else the resident memory of the process."""
+    """GiB at the peak of two steps: by CUDA's account, else the resident memory of the process."""
     step = trainer(*setup(args, args.classes[0], args.batch_size[0]))
-    for _ in range(3):
-        step()
+    step(), step()
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    unit_of_system = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_of_system / 2**30
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def in_new_process(args: argparse.Namespace, n_classes: int, batch_size: int) -> float:
@@ -212,8 +215,8 @@ def in_new_process(args: argparse.Namespace, n_classes: int, batch_size: int) ->
     return float(subprocess.check_output([sys.executable, __file__, *flags.split()]))
 
 
-def row(args: argparse.Namespace, n_classes: int, batch_size: int, memory: float, rate: float) -> list:
-    """The cells of one line of the table."""
+def row(args: argparse.Namespace, n_classes: int, batch_size: int, rate: float) -> list:
+    """The cells of one line of the table, but for the memory."""
     model, *batch = setup(args, n_classes, batch_size)
     steps = [trainer(model, *batch)]
     if n_classes <= args.plain:
@@ -225,11 +228,10 @@ def row(args: argparse.Namespace, n_classes: int, batch_size: int, memory: float
         sys.exit(f"error: the losses differ, so that times cannot be compared: {losses}")
     own, *plain = seconds(*steps, steps=args.steps)
     trials = [parts(model, *batch) for _ in range(args.steps)]
-    shares = [statistics.median(column) / own for column in zip(*trials)]
-    shares = [f"{share:.0%}" for share in (*shares, max(0, 1 - sum(shares)))]
+    shares = [f"{statistics.median(column):.0%}" for column in zip(*trials)]
     compared = [f"{1000 * plain[0]:.0f}", f"{plain[0] / own:.1f}"] if plain else ["", ""]
-    utilisation = operations.get_total_flops() / own / rate
-    figures = [f"{1000 * own:.0f}", f"{batch_size / own:.1f}", f"{memory:.2f}", f"{utilisation:.0%}"]
+    utilisation = f"{operations.get_total_flops() / own / rate:.0%}"
+    figures = [f"{1000 * own:.0f}", f"{batch_size / own:.1f}", utilisation]
     return [n_classes, batch_size, *figures, *shares, *compared]
 
 
@@ -238,8 +240,9 @@ def evaluation(args: argparse.Namespace) -> str:
     model, images, _ = setup(args, args.classes[0], max(args.batch_size))
     with torch.inference_mode():
         text = model.text_features()
-        passed = seconds(lambda: (model.image_features(images) @ text.T).argmax(1), steps=args.steps)
-    return f"evaluation, batches of {len(images)}: {len(images) / passed[0]:.1f} images/s"
+        guess = lambda: (model.image_features(images) @ text.T).argmax(dim=1)  # noqa: E731
+        rate = len(images) / seconds(guess, steps=args.steps)[0]
+    return f"evaluation, batches of {len(images)}: {rate:.1f} images/s"
 
 
 def main() -> None:
@@ -267,7 +270,8 @@ def main() -> None:
     print(f"{args.model}, {args.precision}, {device}, matrix product {rate / 1e12:.2f} TFLOP/s\n")
     print("|", " | ".join(COLUMNS), "|\n|" + "---:|" * len(COLUMNS))
     for setting, peak in zip(settings, memory):
-        print("|", " | ".join(map(str, row(args, *setting, peak, rate))), "|", flush=True)
+        cells = [*row(args, *setting, rate), f"{peak:.2f}"]
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
     print(f"\n{evaluation(args)}")
 
 
