@@ -137,9 +137,13 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         return qkv.unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4).unbind()
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """(B, L, W) -> (B, L, W). `before` (1, P, W): tokens ahead of every row, seen by all."""
+    def forward(self, x: Tensor, before: Tensor | None = None, read: int | None = None) -> Tensor:
+        """(B, L, W) -> (B, L, W) or, of the first `read` tokens, (B, read, W).
+
+        `before` (1, P, W): tokens ahead of every row, seen by all.
+        """
         q, k, v = self.project(x)
+        q = q[:, :, :read]
         mask = None
         if before is not None:
             _, k0, v0 = self.project(before)
@@ -175,9 +179,13 @@ class Block(nn.Module):
         )
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """(B, L, W) -> (B, L, W); x also attends to the tokens `before` (1, P, W), if given."""
-        x = x + self.attn(self.ln_1(x), None if before is None else self.ln_1(before))
+    def forward(self, x: Tensor, before: Tensor | None = None, read: int | None = None) -> Tensor:
+        """(B, L, W) -> (B, L, W), or only the first `read` of L, which attend to all of x.
+
+        x also attends to the tokens `before` (1, P, W), if given.
+        """
+        before = None if before is None else self.ln_1(before)
+        x = x[:, :read] + self.attn(self.ln_1(x), before, read)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -222,7 +230,8 @@ class VisionTransformer(nn.Module):
         for layer, block in enumerate(self.transformer.resblocks):
             if 0 < layer < len(prompts):
                 x = with_prompts(x, layer)
-            x = block(x)
+            last = layer == self.transformer.layers - 1
+            x = block(x, read=1 if last else None)  # in the end, only the class token matters
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -437,8 +446,9 @@ def download(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    part = tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False)
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
+        with part:
             digest = _fetch(url, part)
         if digest != sha256:
             raise OSError(f"what arrived is not the published file (SHA-256 {digest[:12]}...)")
@@ -545,6 +555,8 @@ class _TorchScriptUnpickler(pickle.Unpickler):
             return self.rebuild_tensor
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return list
+        if (module, name) == ("torch.jit._pickle", "restore_type_tag"):
+            return lambda value, type_name: value
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a weights file")
@@ -553,7 +565,8 @@ class _TorchScriptUnpickler(pickle.Unpickler):
         _, dtype, key, _, size = pid  # ("storage", kind, key, device, number of elements)
         if key not in self.storages:
             raw = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-            self.storages[key] = torch.frombuffer(raw, dtype=dtype, count=size)
+            empty = torch.empty(0, dtype=dtype)  # for which frombuffer has no use
+            self.storages[key] = torch.frombuffer(raw, dtype=dtype, count=size) if raw else empty
         return self.storages[key]
 
     @staticmethod

@@ -142,14 +142,14 @@ def _class_folders(folder: Path, names: dict[str, str], notes: list[str]) -> lis
     rows, skipped = [], []
     for label, c in enumerate(classes):
         images = []
-        for file in sorted(os.listdir(folder / c)):
-            if os.path.splitext(file)[1].lower() in EXTENSIONS:
-                images.append(file)
-            elif file[0] != ".":
-                skipped.append(folder / c / file)
+        for entry in sorted(os.scandir(folder / c), key=lambda entry: entry.name):
+            if entry.name.startswith("."):  # among them macOS's "._picture.jpg", which are none
+                continue
+            is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()
+            (images if is_image else skipped).append(entry.path)
         if not images:
             raise FileNotFoundError(f"no images in {folder / c}")
-        rows += [(os.path.join(folder, c, file), label, names.get(c, c)) for file in images]
+        rows += [(path, label, names.get(c, c)) for path in images]
     if skipped:
         notes.append(f"{len(skipped)} files skipped, no images by their names: {skipped[0]}, ...")
     return rows

@@ -28,6 +28,7 @@ import os
 import random
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +67,11 @@ def sinkhorn(
 
     cost: (..., n, m), any finite numbers; leading dimensions are independent problems.
     a: (..., n), b: (..., m), masses >= 0 with the same total; uniform with total 1 by default.
-    epsilon: > 0, in units of the cost. Stops when the row sums are within `tol` of a (sum of the
-    absolute errors, as a share of the total mass) in every problem, or after `max_iter` iterations;
-    the column sums are exact to rounding.
+    epsilon: > 0, in units of the cost; below what the dtype resolves (1e-6 of the cost's range in
+    fp32) it changes nothing more. Stops when the row sums are within `tol` of a (sum of absolute
+    errors, as a share of the total mass) in every problem, which is looked at every 10 iterations,
+    or after `max_iter` iterations; look at the row sums if that is in doubt. The column sums are
+    exact to rounding.
     Returns the plan (..., n, m), without gradient; half precision is computed and returned in fp32.
     Raises ValueError for epsilon <= 0, marginals of the wrong length, negative or of unequal total.
 
@@ -167,6 +170,22 @@ def _relaxation(omega: Tensor | None, error: Tensor, last_error: Tensor) -> Tens
 MODALITIES = ("joint", "image", "text", "separate")
 
 
+def transport_cost(
+    image: Tensor, text: Tensor, image0: Tensor, text0: Tensor, modality: str = "joint"
+) -> Tensor:
+    """C_ij = (1 - cos(f_i, f0_j)) + (1 - cos(t_i, t0_j)), or what `modality` leaves of it.
+
+    Arguments as for `ot_loss`. Returns (B, B), for "separate" (2, B, B).
+    """
+    image_cost, text_cost = 1 - image @ image0.T, 1 - text @ text0.T
+    if modality == "separate":
+        return torch.stack([image_cost, text_cost])
+    costs = {"joint": image_cost + text_cost, "image": image_cost, "text": text_cost}
+    if modality not in costs:
+        raise ValueError(f"modality {modality!r} is none of {', '.join(MODALITIES)}")
+    return costs[modality]
+
+
 def ot_loss(
     image: Tensor,
     text: Tensor,
@@ -184,17 +203,11 @@ def ot_loss(
     plan for each, the losses added, plan (2, B, B)). pointwise: the identity instead of the plan.
 
     The gradient takes the plan as constant (envelope theorem): d loss / d C = plan.
-    epsilon 0.001: on the demo's features and on simulated CLIP-like ones, batch 4 to 64, the loss is
-    within 0.6 % of exact OT (mostly 0.01 %), in 0.1 ms where the plan is a permutation, else up to
-    30 ms, on one CPU core. At 0.01 it is up to 4 % too high, at 0.1 several times too high.
+    epsilon 0.001: on the demo's features and on simulated ones like CLIP's, batch 4 to 64, the loss
+    is within 0.6 % of exact OT (mostly 0.01 %), in 0.1 ms where the plan is a permutation, else in
+    up to 30 ms, on one CPU core. At 0.01 it is up to 4 % too high, at 0.1 several times too high.
     """
-    image_cost, text_cost = 1 - image @ image0.T, 1 - text @ text0.T
-    cost = {
-        "joint": image_cost + text_cost,
-        "image": image_cost,
-        "text": text_cost,
-        "separate": torch.stack([image_cost, text_cost]),
-    }[modality]
+    cost = transport_cost(image, text, image0, text0, modality)
     if pointwise:
         plan = torch.eye(len(image), device=cost.device).expand_as(cost) / len(image)
     else:
@@ -210,11 +223,12 @@ def off_diagonal(plan: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 # The model
 
+REGULARISERS = ("ot", "pointwise", "none")
 TEMPLATE = "a photo of a {}."
 CONTEXT = "a photo of a"  # the text prompts start from its token embeddings
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEST_BATCH = 64  # images
-TEXT_CHUNK = 256  # classes; more are encoded in chunks, and again in the backward pass
+MANY_CLASSES = 2048  # from here on, texts are encoded again in the backward pass to save memory
 
 
 class PromptLearner(nn.Module):
@@ -255,6 +269,8 @@ class PromptOT(nn.Module):
         precision: str = "fp32",
     ):
         super().__init__()
+        if not classnames:
+            raise ValueError("there must be at least one class name")
         self.clip = clip.requires_grad_(False)
         self.prompts = PromptLearner(clip, n_ctx, depth)
         self.precision = precision
@@ -266,7 +282,7 @@ class PromptOT(nn.Module):
         # More prompts than words in "a photo of a": place holders keep their positions free.
         template = TEMPLATE.replace(CONTEXT, CONTEXT + " x" * (n_ctx - len(CONTEXT.split())))
         self.classnames = list(classnames)
-        self.tokens = tokenize([template.format(name) for name in classnames])
+        self.tokens = tokenize([template.format(name) for name in classnames])  # the student's
         text0 = class_features(self.clip, classnames, precision=self.precision)
         self.register_buffer("text0", text0, persistent=False)  # (C, D), of the frozen model
         return self
@@ -279,16 +295,10 @@ class PromptOT(nn.Module):
     def text_features(self) -> Tensor:
         """Features (C, D) of the classes, tuned; several processes share the work."""
         n_classes, size = len(self.tokens), world()[1]
-        tokens = shard(self.tokens.repeat(-(-size // n_classes), 1))  # something for each process
+        copies = math.ceil(size / n_classes)  # of fewer classes than processes, each needs one
+        tokens = shard(self.tokens.repeat(copies, 1))
         with autocast(self.prompts.text.device, self.precision):
-            if len(tokens) <= TEXT_CHUNK or not torch.is_grad_enabled():
-                features = self.clip.encode_text(tokens, self.prompts.text)
-            else:
-                features = torch.cat([
-                    checkpoint(self.clip.encode_text, chunk, self.prompts.text, use_reentrant=False)
-                    for chunk in tokens.split(TEXT_CHUNK)
-                ])
-        return gather(unit(features))[:n_classes]
+            return gather(unit(encode_texts(self.clip, tokens, self.prompts.text)))[:n_classes]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) -> logits (B, C)."""
@@ -309,6 +319,8 @@ class PromptOT(nn.Module):
         "ot" (before lam), "off_diagonal" and "plan" (None without regulariser). With several
         processes each brings its share of the batch, and the loss is that of the whole.
         """
+        if reg not in REGULARISERS:
+            raise ValueError(f"reg {reg!r} is none of {', '.join(REGULARISERS)}")
         labels = gather(labels)
         image, text = gather(self.image_features(images)), self.text_features()
         logits = self.clip.logit_scale.exp() * image @ text.T
@@ -335,6 +347,21 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
+def encode_texts(clip: CLIP, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
+    """`clip.encode_text`, (C, L) -> (C, D), by groups of like length, each as long as its longest.
+
+    Of very many classes, small groups are computed again in the backward pass, to save memory.
+    """
+    order = tokens.argmax(dim=1).argsort()  # by place of the end-of-text token
+    encode, n_groups = clip.encode_text, max(1, min(4, len(tokens) // 16))
+    if len(tokens) > MANY_CLASSES:
+        n_groups = -(-len(tokens) // 256)
+        if torch.is_grad_enabled():
+            encode = functools.partial(checkpoint, encode, use_reentrant=False)
+    features = torch.cat([encode(group, prompts) for group in tokens[order].tensor_split(n_groups)])
+    return features[order.argsort().to(features.device)]
+
+
 @torch.no_grad()
 def class_features(
     clip: CLIP, classnames: list[str], template: str = TEMPLATE, precision: str = "fp32"
@@ -342,7 +369,7 @@ def class_features(
     """Features (C, D) of the class names in a template, by frozen CLIP: a zero-shot classifier."""
     tokens = tokenize([template.format(name) for name in classnames])
     with autocast(clip.logit_scale.device, precision):
-        return unit(torch.cat([clip.encode_text(chunk) for chunk in tokens.split(TEXT_CHUNK)]))
+        return unit(encode_texts(clip, tokens))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,7 +472,7 @@ def train(
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision == "fp16")
     history = _load_state(state_file, model, optimizer, scaler) if state_file else []
-    remaining = range(len(history), stop_epoch or epochs)
+    remaining = range(len(history), epochs if stop_epoch is None else stop_epoch)
     resolution = model.clip.image_resolution
     loader = train_loader(
         items, resolution, batch_size, seed, remaining, workers, *world(), augment=augment
@@ -513,7 +540,7 @@ def accuracy(
     return (100 * right / len(dataset.test)).tolist()
 
 
-def zero_shot(clip: CLIP, dataset: Dataset, precision: str, workers: int) -> list[float]:
+def zero_shot_accuracy(clip: CLIP, dataset: Dataset, precision: str, workers: int) -> list[float]:
     """Accuracy of frozen CLIP in %: with "a photo of a {}.", and with the data set's template."""
     classifiers = [
         class_features(clip, dataset.classnames, template, precision)
@@ -522,8 +549,8 @@ def zero_shot(clip: CLIP, dataset: Dataset, precision: str, workers: int) -> lis
     return accuracy(clip, dataset, classifiers, precision=precision, workers=workers)
 
 
-def tuned(model: PromptOT, dataset: Dataset, workers: int) -> float:
-    """Accuracy of the tuned model in %, on the test images and class names of `dataset`."""
+def tuned_accuracy(model: PromptOT, dataset: Dataset, workers: int) -> float:
+    """Accuracy in % on the test images and class names of `dataset`, which the model then keeps."""
     with torch.no_grad():
         text = model.set_classes(dataset.classnames).text_features()
     vision = model.prompts.vision
@@ -531,17 +558,19 @@ def tuned(model: PromptOT, dataset: Dataset, workers: int) -> float:
 
 
 @torch.no_grad()
-def plan_of(model: PromptOT, items: list, epsilon: float, limit: int = 128) -> tuple:
-    """Cost and plan (B, B) between tuned and frozen joint features of items, sorted by label."""
+def plan_of(
+    model: PromptOT, items: list, epsilon: float, modality: str, limit: int = 128
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Cost and optimal plan (B, B) between tuned and frozen features of items, sorted by label."""
     items = sorted(items, key=lambda item: item[1])[:: -(-len(items) // limit)]
     device, text = model.text0.device, model.text_features()
     features = []
     for images, labels in test_loader(items, model.clip.image_resolution, TEST_BATCH):
         images, labels = images.to(device), labels.to(device)
-        tuned, frozen = (model.image_features(images, tuned) for tuned in (True, False))
-        features.append((tuned, text[labels], frozen, model.text0[labels]))
-    image, text, image0, text0 = (torch.cat(column) for column in zip(*features))
-    cost = (1 - image @ image0.T) + (1 - text @ text0.T)
+        image, image0 = (model.image_features(images, tuned) for tuned in (True, False))
+        features.append((image, text[labels], image0, model.text0[labels]))
+    cost = transport_cost(*(torch.cat(column) for column in zip(*features)), modality)
+    cost = cost.sum(dim=0) if cost.ndim == 3 else cost
     return cost, sinkhorn(cost, epsilon=epsilon), [label for _, label in items]
 
 
@@ -550,18 +579,19 @@ def plan_of(model: PromptOT, items: list, epsilon: float, limit: int = 128) -> t
 
 
 def save_atomically(content: dict, path: Path) -> None:
-    """torch.save to a temporary file, then a rename: a killed run leaves the old file whole."""
+    """torch.save in one go: a killed run leaves the old file whole."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(buffer.getvalue())  # an OSError if the disk is full
-    part.replace(path)
+    report.replace_file(path, buffer.getvalue())
 
 
 def load_saved(path: str | os.PathLike) -> dict:
     """What `save_atomically` wrote; no code in the file is run. ValueError if it is damaged."""
     content = io.BytesIO(Path(path).read_bytes())
     try:
+        if damaged := zipfile.ZipFile(content).testzip():  # torch.load compares no checksums
+            raise ValueError(f"wrong checksum of {damaged}")
+        content.seek(0)
         return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and torch each have their own words for damage
         raise ValueError(f"{path} is damaged, or no file that this program saved") from e
@@ -584,15 +614,15 @@ def _load_state(path: Path, model: PromptOT, optimizer, scaler) -> list[dict]:
         scaler.load_state_dict(state["scaler"])
         return state["history"]
     except (KeyError, TypeError, RuntimeError, ValueError) as e:
-        raise ValueError(f"{path} is not a state of this run ({e}); remove it?") from None
+        raise ValueError(f"{path} is no state of this run, nothing can be resumed from it") from e
 
 
-def save_prompts(model: PromptOT, path: Path, model_name: str, settings: dict) -> None:
+def save_prompts(model: PromptOT, path: Path, settings: dict) -> None:
     """The prompts alone, with what it takes to use them: settings, class names, which CLIP."""
     content = {name: p.detach().cpu() for name, p in model.prompts.named_parameters()}
-    model_name = os.path.abspath(model_name) if os.path.isfile(model_name) else model_name
-    content |= {"classnames": model.classnames, "model": model_name, "settings": settings}
-    save_atomically(content | {"fingerprint": fingerprint(model.clip)}, path)
+    content |= {"classnames": model.classnames, "settings": settings}
+    content |= {"model": settings["model"], "fingerprint": fingerprint(model.clip)}
+    save_atomically(content, path)
 
 
 def load_prompts(path: str | os.PathLike, clip: CLIP, precision: str = "fp32") -> PromptOT:
@@ -606,11 +636,12 @@ def load_prompts(path: str | os.PathLike, clip: CLIP, precision: str = "fp32") -
         raise ValueError(f"{path} holds no saved prompts (no {', '.join(sorted(missing))})")
     if saved["fingerprint"] != fingerprint(clip):
         raise ValueError(f"the prompts in {path} were tuned for other weights: {saved['model']}")
-    depth, n_ctx, _ = saved["text"].shape
-    model = PromptOT(clip, saved["classnames"], n_ctx, max(depth, len(saved["vision"])), precision)
     try:
+        depth, n_ctx, _ = saved["text"].shape
+        depth = max(depth, len(saved["vision"]))
+        model = PromptOT(clip, saved["classnames"], n_ctx, depth, precision)
         model.prompts.load_state_dict({name: saved[name] for name in ("text", "vision")})
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
         raise ValueError(f"the prompts in {path} do not fit: {' '.join(str(e).split())}") from None
     return model
 
@@ -637,7 +668,7 @@ def run(args: argparse.Namespace) -> None:
 
     for name, target in itertools.chain(*(group.items() for group in targets.values())):
         if name not in metrics["zero_shot"]:
-            plain, own = zero_shot(clip, target, args.precision, args.workers)
+            plain, own = zero_shot_accuracy(clip, target, args.precision, args.workers)
             metrics["zero_shot"][name], metrics["zero_shot_template"][name] = plain, own
             template = f', "{target.template}" {own:.2f} %' if target.template != TEMPLATE else ""
             log(f'zero-shot {name}: "{TEMPLATE}" {plain:.2f} %{template}')
@@ -645,7 +676,7 @@ def run(args: argparse.Namespace) -> None:
 
     for job in jobs(args):
         title = job_name(job)
-        if any(job.items() <= done.items() for done in metrics["runs"]):
+        if any(all(done[key] == job[key] for key in JOB) for done in metrics["runs"]):
             log(f"\n{title}: finished before")
             continue
         log(f"\n{title}")
@@ -654,7 +685,7 @@ def run(args: argparse.Namespace) -> None:
         model, history = (loaded, []) if loaded else tune(args, clip, dataset, job, state_file, log)
         result = {"seconds": round(time.time() - start, 1), "history": history, "accuracy": {}}
         for name, target in targets[job["classes"]].items():
-            result["accuracy"][name] = tuned(model, target, args.workers)
+            result["accuracy"][name] = tuned_accuracy(model, target, args.workers)
             log(f"{name} {result['accuracy'][name]:.2f} %")
         metrics["runs"].append(job | result)
         save(metrics)
@@ -664,15 +695,20 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluation_targets(dataset: Dataset, args: argparse.Namespace) -> dict[str, dict[str, Dataset]]:
     """What is evaluated, by name, for each of --classes; --eval-data goes with the last of them."""
-    targets = {}
+    targets, taken = {}, {"base", "novel"}
+
+    def add(group: dict[str, Dataset], target: Dataset, path: str) -> None:
+        name = target.name if target.name not in taken else path
+        taken.add(name)
+        group[name] = target
+
     if "base" in args.classes:
         targets["base"] = dict(zip(("base", "novel"), base_novel(dataset)))
     if "all" in args.classes:
-        targets["all"] = {dataset.name: dataset}
-    last = list(targets.values())[-1]
+        targets["all"] = {}
+        add(targets["all"], dataset, args.data)
     for path in args.eval_data:
-        target = load_dataset(path, args.classnames)
-        last[target.name if target.name not in last else path] = target
+        add(list(targets.values())[-1], load_dataset(path, args.classnames), path)
     return targets
 
 
@@ -683,23 +719,33 @@ def tables(dataset: Dataset, targets: dict[str, dict[str, Dataset]]) -> list[dic
     200 of the 1,000), others are cross-dataset.
     """
     found = []
+
+    def add(title: str, classes: str, source: list[str], names: list[str]) -> None:
+        if names:
+            found.append({"title": title, "classes": classes, "source": source, "targets": names})
+
     for classes, group in targets.items():
-        source = ["base", "novel"] if classes == "base" else [dataset.name]
-        others = {name: t for name, t in group.items() if name not in source}
-        shifted = [n for n, t in others.items() if set(t.classnames) <= set(dataset.classnames)]
+        names = list(group)
+        source, others = (names[:2], names[2:]) if classes == "base" else (names[:1], names[1:])
+        shifted = [n for n in others if set(group[n].classnames) <= set(dataset.classnames)]
         foreign = [n for n in others if n not in shifted]
-        if classes == "base":
-            found.append({"title": "base-to-novel", "targets": source, "source": []})
-        elif not others:
-            found.append({"title": "all classes", "targets": source, "source": []})
-        for title, names in (("cross-dataset", foreign), ("domain generalisation", shifted)):
-            if names:
-                found.append({"title": title, "targets": names, "source": source})
+        if classes == "base" or not others:
+            add("base-to-novel" if classes == "base" else "all classes", classes, [], source)
+        add("cross-dataset", classes, source, foreign)
+        add("domain generalisation", classes, source, shifted)
     return found
 
 
+JOB = ("classes", "reg", "shots", "seed")  # what tells the runs of one command apart
+# Settings that make a run another run.
+SETTINGS = (
+    "data", "model", "eval_data", "modality", "lam", "epsilon", "epochs", "stop_epoch",
+    "batch_size", "lr", "n_ctx", "depth", "augment", "precision", "load",
+)
+
+
 def jobs(args: argparse.Namespace) -> list[dict]:
-    """What tells the runs of one command apart: classes, regulariser, shots and seed."""
+    """A dict with the keys of JOB for each run."""
     choices = [args.classes, args.reg, args.shots, args.seed]
     if args.load:
         settings = load_saved(args.load)["settings"]
@@ -707,16 +753,14 @@ def jobs(args: argparse.Namespace) -> list[dict]:
     return [dict(zip(JOB, choice)) for choice in itertools.product(*choices)]
 
 
-JOB = ("classes", "reg", "shots", "seed")
-# Settings that make a run another run, unlike those of a job, which say which runs there are.
-SETTINGS = (
-    "data", "model", "eval_data", "modality", "lam", "epsilon", "epochs", "stop_epoch",
-    "batch_size", "lr", "n_ctx", "depth", "augment", "precision", "load",
-)
-
-
 def settings_of(args: argparse.Namespace, clip: CLIP) -> dict:
-    return {name: getattr(args, name) for name in SETTINGS} | {"weights": fingerprint(clip)}
+    """The settings as they are kept; paths are absolute, for one path has many spellings."""
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"weights": fingerprint(clip)}
+    settings["data"] = os.path.abspath(args.data)
+    settings["eval_data"] = [os.path.abspath(path) for path in args.eval_data]
+    settings["load"] = args.load and os.path.abspath(args.load)
+    settings["model"] = os.path.abspath(args.model) if os.path.isfile(args.model) else args.model
+    return settings
 
 
 def job_name(job: dict) -> str:
@@ -741,10 +785,10 @@ def tune(
         batch_size=args.batch_size, lr=args.lr, seed=job["seed"], augment=args.augment,
         workers=args.workers, state_file=state_file, log=log,
     )
-    cost, plan, labels = plan_of(model, source.train, args.epsilon)
+    cost, plan, labels = plan_of(model, source.train, args.epsilon, args.modality)
     if is_main():
         settings = settings_of(args, clip) | job
-        save_prompts(model, state_file.with_name("prompts.pt"), args.model, settings)
+        save_prompts(model, state_file.with_name("prompts.pt"), settings)
         report.plan_picture(cost, plan, labels, state_file.with_name("plan.png"))
     return model, history
 
@@ -813,6 +857,14 @@ def number(kind: type, low: float, open_end: bool = False):
     return parse
 
 
+def class_names(text: str) -> list[str]:
+    """Argument type: different names, separated by commas."""
+    names = [name.replace("_", " ").strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError("names must not be empty, nor the same twice")
+    return names
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -833,7 +885,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", nargs="+", type=number(int, 0), default=[1], metavar="S", help="default 1;"
         " several: one run each, the table has mean and standard deviation")
 
-    add("--reg", nargs="+", choices=("ot", "pointwise", "none"), default=["ot"], help="optimal"
+    add("--reg", nargs="+", choices=REGULARISERS, default=["ot"], help="optimal"
         " transport (default), the identity instead of the plan, no regulariser; several: compared")
     add("--modality", choices=MODALITIES, default="joint", help="the features that it constrains")
     add("--lam", type=number(float, 0), default=10.0, help="weight lambda of the OT loss (10)")
@@ -852,8 +904,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with an interrupted run in --output")
     add("--load", metavar="FILE", help="evaluate these saved prompts instead of tuning")
     add("--predict", nargs="+", metavar="IMAGE", help="print the top classes by prompts of --load")
-    add("--names", type=lambda text: [name.strip() for name in text.split(",")], metavar="A,B,C",
-        help="class names for --predict; default: the saved ones")
+    add("--names", type=class_names, metavar="A,B,C", help="class names for --predict; default:"
+        " the saved ones")
     add("--device", default="auto", help="cpu, cuda, ...; default: a GPU if there is one")
     add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the two towers;"
         " default: bf16 on GPUs that have it, else fp32")
@@ -886,11 +938,14 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
     if args.workers is None:  # on a CPU, reading is a small part and the cores have work to do
         args.workers = min(8, os.cpu_count() or 1) if on_gpu else 0
-    if args.model is None and args.load:
-        args.model = load_saved(args.load).get("model")
+    if args.load:  # on the data and the model that the prompts were tuned for, if nothing is said
+        settings = load_saved(args.load).get("settings", {})
+        args.data = settings.get("data") if args.data is None else args.data
+        args.model = settings.get("model") if args.model is None else args.model
     if args.model is None:
-        args.model = "ViT-B/16" if args.data else os.path.relpath(DEMO / "tiny-clip.pt")
-    args.data = args.data or os.path.relpath(DEMO / "digits")
+        args.model = os.path.relpath(DEMO / "tiny-clip.pt") if args.data is None else "ViT-B/16"
+    if args.data is None:
+        args.data = os.path.relpath(DEMO / "digits")
     return args
 
 
@@ -906,6 +961,12 @@ def main(argv: list[str] | None = None) -> None:
         predict(args) if args.predict else run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as e:
+        if not dist.is_initialized():
+            raise
+        reason = str(e).splitlines()[0][:200]
+        print(f"error: process {world()[0]} stops, is another lost? ({reason})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; --resume goes on after the last whole epoch", file=sys.stderr)

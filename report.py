@@ -1,4 +1,4 @@
-"""What a run shows and keeps: log, progress, tables, pictures, metrics. Knows no method."""
+"""What a run shows and keeps: log, progress line, tables, picture, metrics."""
 
 import contextlib
 import itertools
@@ -77,8 +77,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def harmonic_mean(base: float, novel: float) -> float:
-    """HM = 2 b n / (b + n); 0 if both are 0."""
+def harmonic_mean(accuracies: list[float]) -> float:
+    """HM = 2 b n / (b + n) of base and novel accuracy; 0 if both are 0."""
+    base, novel = accuracies
     return 2 * base * novel / (base + novel) if base + novel else 0.0
 
 
@@ -96,24 +97,23 @@ def _result_table(table: dict, metrics: dict) -> str:
     methods = {'zero-shot, "a photo of a {}."': [metrics["zero_shot"]]}
     if metrics["zero_shot_template"] != metrics["zero_shot"]:
         methods["zero-shot, the data set's template"] = [metrics["zero_shot_template"]]
-    runs = [run for run in metrics["runs"] if set(names) <= set(run["accuracy"])]
+    runs = [run for run in metrics["runs"] if run["classes"] == table["classes"]]
     many_shots = len({run["shots"] for run in runs}) > 1
     for run in runs:
         shots = f", {run['shots'] or 'all'} shots" if many_shots else ""
         methods.setdefault(f"tuned, {run['reg']}{shots}", []).append(run["accuracy"])
 
+    base_to_novel = table["targets"] == ["base", "novel"]
     rows = [[table["title"], *methods]]
     for name in names:
         rows.append([name, *(_mean([seed[name] for seed in seeds]) for seeds in methods.values())])
-    if table["targets"] == ["base", "novel"]:
-        summary = "HM", lambda values: harmonic_mean(*values)
-    else:
-        summary = "average of targets", statistics.mean
     if len(table["targets"]) > 1:
-        of_seeds = [[summary[1]([seed[n] for n in table["targets"]]) for seed in seeds]
+        title = "HM" if base_to_novel else "average of targets"
+        summarise = harmonic_mean if base_to_novel else statistics.mean
+        of_seeds = [[summarise([seed[name] for name in table["targets"]]) for seed in seeds]
                     for seeds in methods.values()]
-        rows.append([summary[0], *map(_mean, of_seeds)])
-    return markdown([list(row) for row in zip(*rows)] if summary[0] == "HM" else rows)
+        rows.append([title, *map(_mean, of_seeds)])
+    return markdown([list(row) for row in zip(*rows)] if base_to_novel else rows)
 
 
 def _mean(values: list[float]) -> str:
@@ -137,18 +137,22 @@ def plan_picture(cost: Tensor, plan: Tensor, labels: list[int], path: Path) -> N
     size, margin = 400, 30
     picture = Image.new("L", (2 * size + 3 * margin, size + 2 * margin), 255)
     draw = ImageDraw.Draw(picture)
-    panels = (("cost C: tuned (down) to frozen (across)", cost), ("transport plan", plan))
-    for i, (title, matrix) in enumerate(panels):
+    few_classes = size / len(set(labels)) >= 8  # else the lines would hide the matrix
+    panels = (
+        (f"cost C, tuned (down) to frozen (across), {len(labels)} training images", cost, 0),
+        ("optimal plan between them", plan, 160),
+    )
+    for i, (title, matrix, line_shade) in enumerate(panels):
         left = margin + i * (size + margin)
         shade = 255 * (1 - (matrix - matrix.min()) / (matrix.max() - matrix.min()).clamp(min=1e-12))
         panel = Image.fromarray(shade.round().to(torch.uint8).cpu().numpy())
         picture.paste(panel.resize((size, size), Image.Resampling.NEAREST), (left, margin))
         draw.text((left, margin - 18), title, fill=0)
         for k in range(1, len(labels)):
-            if labels[k] != labels[k - 1]:
+            if labels[k] != labels[k - 1] and few_classes:
                 at = k * size / len(labels)
-                draw.line([(left + at, margin), (left + at, margin + size)], fill=160)
-                draw.line([(left, margin + at), (left + size, margin + at)], fill=160)
+                draw.line([(left + at, margin), (left + at, margin + size)], fill=line_shade)
+                draw.line([(left, margin + at), (left + size, margin + at)], fill=line_shade)
         draw.rectangle([left, margin, left + size, margin + size], outline=0)
     picture.save(path)
 
@@ -171,11 +175,17 @@ def free_folder(data: str, resume: bool) -> str:
 def open_metrics(folder: Path, settings: dict, resume: bool) -> dict:
     """The content of metrics.json: new, or with `resume` what is there. Makes the folder.
 
+    settings, versions: name -> value. zero_shot, zero_shot_template: target -> accuracy in %, of
+    "a photo of a {}." and the data set's own template. runs: for each training its classes, reg,
+    shots, seed, seconds, history (means of each epoch), accuracy (target -> %). tables: title,
+    classes, source and targets (names of the rows) of each table in results.md.
     ValueError if there is a run already and `resume` is not given, or its settings are others.
     """
     file = folder / "metrics.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*/state.pt"):  # of a run whose settings are not known any more
+            stale.unlink(missing_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "torchvision": torchvision.__version__}
         return {"settings": settings, "versions": versions,
@@ -184,7 +194,9 @@ def open_metrics(folder: Path, settings: dict, resume: bool) -> dict:
         raise ValueError(f"{folder} holds a run: --resume goes on with it, --output names another")
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
-        before = metrics["settings"]
+        before = dict(metrics["settings"])
+        for key in ("zero_shot", "zero_shot_template", "runs", "tables"):
+            metrics[key]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is damaged; name another --output") from None
     settings = json.loads(json.dumps(settings))  # as they come back from the file
@@ -201,6 +213,15 @@ def save_metrics(folder: Path, metrics: dict) -> None:
     """metrics.json and results.md, each replaced in one go."""
     texts = {"metrics.json": json.dumps(metrics, indent=1), "results.md": results(metrics) + "\n"}
     for name, text in texts.items():
-        part = folder / (name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+        replace_file(folder / name, text.encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes to a temporary file, then renames: whoever is killed leaves the old file whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as e:  # the system's message does not name the file if the disk is full
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({e.strerror})") from None
