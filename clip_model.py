@@ -160,6 +160,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation that OpenAI's CLIP was trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of any shape, element by element."""
         return F.silu(1.702 * x) / 1.702  # one fused kernel, half the memory of the formula above
 
 
@@ -289,6 +290,7 @@ class CLIP(nn.Module):
 
     @property
     def context_length(self) -> int:
+        """Tokens that a text may have."""
         return len(self.positional_embedding)
 
     def encode_image(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
@@ -547,6 +549,7 @@ class _TorchScriptUnpickler(pickle.Unpickler):
         self.archive, self.root, self.storages = archive, root, {}
 
     def find_class(self, module: str, name: str):
+        """What a name in the pickle stands for; UnpicklingError for all that is not listed here."""
         if module.startswith("__torch__"):
             return _Node
         if module == "torch" and name in STORAGE_DTYPES:
@@ -562,6 +565,7 @@ class _TorchScriptUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a weights file")
 
     def persistent_load(self, pid: tuple) -> Tensor:
+        """A storage, as a flat tensor; it is read from the archive when first asked for."""
         _, dtype, key, _, size = pid  # ("storage", kind, key, device, number of elements)
         if key not in self.storages:
             raw = bytearray(self.archive.read(f"{self.root}/data/{key}"))
@@ -571,6 +575,7 @@ class _TorchScriptUnpickler(pickle.Unpickler):
 
     @staticmethod
     def rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
+        """A tensor of its own from its place in a storage."""
         return storage.as_strided(size, stride, offset).clone()
 
 

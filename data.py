@@ -301,6 +301,7 @@ class Benchmark:
 
     @property
     def split_file(self) -> str:
+        """Name of CoOp's split file."""
         return f"split_zhou_{self.name}.json"
 
     def is_in(self, folder: Path) -> bool:
@@ -308,6 +309,7 @@ class Benchmark:
         return any(any(folder.glob(mark)) for mark in (self.split_file, *self.marks))
 
     def tree(self) -> str:
+        """The expected tree, for error messages."""
         content = (f"{self.images}/...", *(self.files or [self.split_file]))
         lines = "".join(f"\n        {name}" for name in content)
         return f"{self.name} is expected as\n    {self.folder}/{lines}\nsee {DATASETS_MD}"

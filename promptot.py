@@ -764,6 +764,7 @@ def settings_of(args: argparse.Namespace, clip: CLIP) -> dict:
 
 
 def job_name(job: dict) -> str:
+    """Title and folder of a run."""
     return f"{job['classes']}-{job['reg']}-{job['shots'] or 'all-'}shots-seed{job['seed']}"
 
 
@@ -840,7 +841,10 @@ def predict(args: argparse.Namespace) -> None:
 
 
 class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage."""
+
     def error(self, message: str):
+        """Ends the program with exit status 2."""
         self.exit(2, f"error: {message} (--help shows all flags)\n")
 
 
@@ -866,6 +870,7 @@ def class_names(text: str) -> list[str]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, with the defaults of the paper's released recipe; bad ones end the program."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     whole, positive = number(int, 1), number(float, 0, open_end=True)

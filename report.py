@@ -46,6 +46,7 @@ class Progress:
         self.waited += time.time() - before
 
     def step(self) -> None:
+        """One more step is done."""
         self.done += 1
 
     def show(self, title: str, means: dict[str, float]) -> None:
@@ -62,6 +63,7 @@ class Progress:
             print(f"\r{self.line}\033[K", end="", flush=True)
 
     def end_of_epoch(self) -> None:
+        """Keeps the line if it is the last, or nobody sees it being rewritten."""
         share = self.done / self.total
         if share >= 1 or (not self.terminal and share >= self.printed + 0.1):
             if self.terminal:

@@ -1282,6 +1282,24 @@ def test_all_classes_other_data_and_shifts(tmp_path, capsys):
     assert places == sorted(places)
 
 
+def test_a_state_of_unknown_settings_is_not_taken_up(tmp_path):
+    stale = tmp_path / "base-ot-4shots-seed1" / "state.pt"
+    stale.parent.mkdir()
+    stale.write_text("left behind by a run whose metrics.json was removed")
+    assert len(run("--output", tmp_path, *QUICK)["runs"][0]["history"]) == 2
+
+
+def test_data_sets_named_like_others_keep_their_own_numbers(tmp_path):
+    novel = tmp_path / "novel"
+    for c in ("one", "two", "three", "four"):
+        shutil.copytree(DEMO / "digits" / c, novel / c)
+    metrics = run("--data", novel, "--model", DEMO / "tiny-clip.pt", "--output", tmp_path / "run",
+                  "--epochs", 1, "--shots", 1, "--classes", "base", "all", "--eval-data", novel)
+    base, every = metrics["runs"]
+    assert list(base["accuracy"]) == ["base", "novel"]
+    assert list(every["accuracy"]) == [str(novel)] and str(novel) in metrics["zero_shot"]
+
+
 def test_saved_prompts_are_evaluated_and_predict(tmp_path, capsys):
     metrics = run("--output", tmp_path / "run", *QUICK)
     prompts = tmp_path / "run" / "base-ot-4shots-seed1" / "prompts.pt"
