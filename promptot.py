@@ -70,8 +70,8 @@ def sinkhorn(
     epsilon: > 0, in units of the cost; below what the dtype resolves (1e-6 of the cost's range in
     fp32) it changes nothing more. Stops when the row sums are within `tol` of a (sum of absolute
     errors, as a share of the total mass) in every problem, which is looked at every 10 iterations,
-    or after `max_iter` iterations; look at the row sums if that is in doubt. The column sums are
-    exact to rounding.
+    or after `max_iter` iterations: then the row sums may be off, and the plan be that of a larger
+    epsilon. The column sums are exact to rounding.
     Returns the plan (..., n, m), without gradient; half precision is computed and returned in fp32.
     Raises ValueError for epsilon <= 0, marginals of the wrong length, negative or of unequal total.
 
@@ -114,8 +114,8 @@ def sinkhorn(
         error = (rows - a).abs().sum(dim=-1, keepdim=True) / a.sum(dim=-1, keepdim=True)
         if iteration >= max_iter or (excess == 1 and error.max() <= tol):
             break
-        if iteration == 0:  # not solved at the first attempt
-            excess = max(1.0, float(hardness))
+        if iteration == 0 and hardness > 1:  # not solved at the first attempt
+            excess = float(hardness)
             log_plan = log_plan / excess
             continue
         omega = None if last_error is None else _relaxation(omega, error, last_error)
