@@ -25,6 +25,7 @@ import tempfile
 import urllib.request
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import ftfy
 import regex
@@ -122,6 +123,38 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
 HEAD_WIDTH = 64  # of every published CLIP, in both towers
 
 
+class PrefixTree(NamedTuple):
+    """Texts as a tree, in which texts that begin alike share their nodes up to there.
+
+    A causal tower gives a token the same values in all texts that are the same up to there, so it
+    is enough to compute each node once: T vectors instead of those of C' x L tokens.
+    """
+
+    tokens: Tensor  # (T,), the token of each node; the first text's nodes are 0, 1, 2, ...
+    positions: Tensor  # (T,), its position in the text
+    rows: Tensor  # (C', L), the node of each token of each distinct text; any node behind the end
+    places: Tensor  # (T,), an entry of rows.flatten() that is the node
+    ends: Tensor  # (C,), the node at which each text ends
+
+
+def prefix_tree(tokens: Tensor) -> PrefixTree:
+    """Token ids (C, L), where a text ends at its highest id (EOT), as a tree."""
+    texts, which = tokens.unique(dim=0, return_inverse=True)  # sorted: those that begin alike meet
+    ends = texts.argmax(dim=-1)
+    new = torch.ones_like(texts, dtype=torch.bool)  # does no text above begin like this?
+    new[1:] = (texts[1:] != texts[:-1]).cumsum(dim=-1) > 0
+    new &= torch.arange(texts.shape[1]) <= ends[:, None]
+    numbers = new.flatten().cumsum(dim=0).view_as(texts) - 1
+    rows = numbers.where(new, 0).cummax(dim=0).values  # what is not new is the node above
+    return PrefixTree(
+        tokens=texts[new],
+        positions=new.nonzero()[:, 1],
+        rows=rows,
+        places=new.flatten().nonzero()[:, 0],
+        ends=rows[torch.arange(len(texts)), ends][which],
+    )
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; `causal` lets a token see itself and the tokens before it."""
 
@@ -132,28 +165,22 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         self.causal = causal
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, W) -> queries, keys, values, each (B, heads, L, HEAD_WIDTH)."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        return qkv.unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4).unbind()
-
-    def forward(self, x: Tensor, before: Tensor | None = None, read: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, read: int | None = None, tree: PrefixTree | None = None
+    ) -> Tensor:
         """(B, L, W) -> (B, L, W) or, of the first `read` tokens, (B, read, W).
 
-        `before` (1, P, W): tokens ahead of every row, seen by all.
+        With a tree: nodes (T, W) -> (T, W).
         """
-        q, k, v = self.project(x)
-        q = q[:, :, :read]
-        mask = None
-        if before is not None:
-            _, k0, v0 = self.project(before)
-            k = torch.cat([k0.expand(len(x), -1, -1, -1), k], dim=2)  # (B, heads, P + L, d)
-            v = torch.cat([v0.expand(len(x), -1, -1, -1), v], dim=2)
-        if self.causal:
-            n, m = q.shape[2], k.shape[2]
-            mask = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m - n)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        if tree:
+            qkv = [F.embedding(tree.rows, part) for part in qkv]  # (T, W) -> (C', L, W)
+        q, k, v = (part.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for part in qkv)
+        y = F.scaled_dot_product_attention(q[:, :, :read], k, v, is_causal=self.causal)
+        y = y.transpose(1, 2).flatten(2)  # (B, heads, L, HEAD_WIDTH) -> (B, L, W)
+        if tree:
+            y = F.embedding(tree.places, y.flatten(0, 1))  # (C', L, W) -> (T, W)
+        return self.out_proj(y)
 
 
 class QuickGELU(nn.Module):
@@ -180,13 +207,15 @@ class Block(nn.Module):
         )
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, before: Tensor | None = None, read: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, read: int | None = None, tree: PrefixTree | None = None
+    ) -> Tensor:
         """(B, L, W) -> (B, L, W), or only the first `read` of L, which attend to all of x.
 
-        x also attends to the tokens `before` (1, P, W), if given.
+        With a tree: nodes (T, W) -> (T, W).
         """
-        before = None if before is None else self.ln_1(before)
-        x = x[:, :read] + self.attn(self.ln_1(x), before, read)
+        y = self.attn(self.ln_1(x), read, tree)
+        x = (x if read is None else x[:, :read]) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -310,37 +339,28 @@ class CLIP(nn.Module):
         and before positions are added; prompts[l] replaces them at the input of block l.
         Returns (C, D). ValueError if a text has no token left behind the prompts.
 
-        The mask is causal, so nothing behind the last end-of-text token can matter, and the tokens
-        that all texts begin with (SOT, the prompts, "a photo of a") are the same for every text at
-        every depth: the former are cut off, the latter computed once. Both are exact.
+        The mask is causal, so nothing behind an end-of-text token can matter, and what texts begin
+        alike with (SOT, the prompts, perhaps words) is the same in all of them at every depth: the
+        former is left out, the latter computed once. Both are exact.
         """
-        device = self.positional_embedding.device
+        tokens, device = tokens.cpu(), self.positional_embedding.device
         ends = tokens.argmax(dim=-1)  # EOT has the highest id
         n = 0 if prompts is None or len(prompts) == 0 else prompts.shape[1]
         if ends.min() <= n:
             raise ValueError(f"a text is too short: its end-of-text token is among the {n} prompts")
         tokens = tokens[:, : ends.max() + 1].clone()
         tokens[:, 1 : 1 + n] = 0  # whatever stood here: the prompts take its place
-        same = (tokens == tokens[0]).all(dim=0).long().cumprod(dim=0).sum()  # leading equal columns
-        shared = int(min(same, ends.min()))  # the end itself stays with each text
+        tree = PrefixTree(*(part.to(device) for part in prefix_tree(tokens)))
 
-        positions = self.positional_embedding[: tokens.shape[1]]
-        head = self.token_embedding(tokens[:1, :shared].to(device))  # (1, P, W)
-        tail = self.token_embedding(tokens[:, shared:].to(device)) + positions[shared:]  # (C, S, W)
-        prompts = [] if not n else prompts.to(tail.dtype)
-
-        def with_prompts(head: Tensor, layer: int) -> Tensor:
-            return torch.cat([head[:, :1], prompts[layer][None], head[:, 1 + n :]], dim=1)
-
-        if n:
-            head = with_prompts(head, 0)
-        head = head + positions[:shared]
+        x = self.token_embedding(tree.tokens)  # (T, W); SOT is node 0, the prompts are 1..n
+        prompts = [] if not n else prompts.to(x.dtype)
         for layer, block in enumerate(self.transformer.resblocks):
-            if 0 < layer < len(prompts):
-                head = with_prompts(head, layer)
-            head, tail = block(head), block(tail, before=head)
-        last = tail[torch.arange(len(tail)), (ends - shared).to(device)]
-        return self.ln_final(last) @ self.text_projection
+            if layer < len(prompts):
+                x = torch.cat([x[:1], prompts[layer], x[1 + n :]])
+            if layer == 0:
+                x = x + self.positional_embedding[tree.positions]
+            x = block(x, tree=tree)
+        return self.ln_final(x[tree.ends]) @ self.text_projection
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "CLIP":

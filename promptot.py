@@ -228,7 +228,7 @@ TEMPLATE = "a photo of a {}."
 CONTEXT = "a photo of a"  # the text prompts start from its token embeddings
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEST_BATCH = 64  # images
-MANY_CLASSES = 2048  # from here on, texts are encoded again in the backward pass to save memory
+MANY_CLASSES = 1024  # of more, texts are encoded in parts, again in the backward pass
 
 
 class PromptLearner(nn.Module):
@@ -348,18 +348,15 @@ def autocast(device: torch.device, precision: str):
 
 
 def encode_texts(clip: CLIP, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
-    """`clip.encode_text`, (C, L) -> (C, D), by groups of like length, each as long as its longest.
+    """`clip.encode_text`, (C, L) -> (C, D).
 
-    Of very many classes, small groups are computed again in the backward pass, to save memory.
+    Very many classes go in parts, computed again in the backward pass, to save memory.
     """
-    order = tokens.argmax(dim=1).argsort()  # by place of the end-of-text token
-    encode, n_groups = clip.encode_text, max(1, min(4, len(tokens) // 16))
-    if len(tokens) > MANY_CLASSES:
-        n_groups = -(-len(tokens) // 256)
-        if torch.is_grad_enabled():
-            encode = functools.partial(checkpoint, encode, use_reentrant=False)
-    features = torch.cat([encode(group, prompts) for group in tokens[order].tensor_split(n_groups)])
-    return features[order.argsort().to(features.device)]
+    if len(tokens) <= MANY_CLASSES:
+        return clip.encode_text(tokens, prompts)
+    parts = tokens.split(MANY_CLASSES)
+    encode = functools.partial(checkpoint, clip.encode_text, use_reentrant=False)
+    return torch.cat([encode(part, prompts) for part in parts])
 
 
 @torch.no_grad()
