@@ -374,6 +374,8 @@ class CLIP(nn.Module):
             if not all(v.is_floating_point() for v in state.values()):
                 raise RuntimeError("not all of its tensors are of floating point")
             state = {k: v.float() for k, v in state.items()}
+            if not all(v.isfinite().all() for v in state.values()):
+                raise RuntimeError("not all of its numbers are finite")
             width, _, patch, _ = state["visual.conv1.weight"].shape
             patches = len(state["visual.positional_embedding"]) - 1
             text_width, embed_dim = state["text_projection"].shape
@@ -546,6 +548,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raw = torch.frombuffer(data[start + begin : start + end], dtype=torch.uint8)
         state[name] = raw.view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         covered = end
+    if start + covered != len(data):
+        raise ValueError("more bytes than the tensors have")
     return state
 
 

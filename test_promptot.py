@@ -117,6 +117,10 @@ def test_sinkhorn_zero_mass_stays_where_it_is():
     plan = sinkhorn(cost, a, b, epsilon=0.1)
     assert plan[0].sum() == 0 and plan[:, 1:3].sum() == 0
     torch.testing.assert_close(plan[1:, [0, 3]], sinkhorn(cost[1:, [0, 3]], a[1:], b[[0, 3]], 0.1))
+    for epsilon in (1e-2, 1e-3, 1e-4, 1e-5):
+        plan = sinkhorn(cost, a, b, epsilon)
+        torch.testing.assert_close(plan.sum(0), b, atol=1e-5, rtol=0)
+        torch.testing.assert_close(plan.sum(1), a, atol=1e-4, rtol=0)
 
 
 def test_sinkhorn_symmetry_and_batching():
@@ -129,6 +133,19 @@ def test_sinkhorn_symmetry_and_batching():
         torch.testing.assert_close(plans[i, j].T, swapped, atol=1e-5, rtol=0)
     shifted = cost + torch.rand(2, 3, 5, 1) + torch.rand(2, 3, 1, 6)  # changes no plan
     torch.testing.assert_close(sinkhorn(shifted, epsilon=0.05), plans, atol=1e-5, rtol=0)
+
+
+def test_sinkhorn_of_many_large_problems_and_of_many_masses():
+    """Large ones are solved one by one on a CPU; leading dimensions broadcast."""
+    generator = torch.Generator().manual_seed(0)
+    costs = torch.rand(3, 128, 130, generator=generator)
+    a = torch.rand(2, 1, 128, generator=generator)
+    plans = sinkhorn(costs, a, epsilon=0.05)
+    assert plans.shape == (2, 3, 128, 130)
+    for i, j in itertools.product(range(2), range(3)):
+        alone = sinkhorn(costs[j], a[i, 0], epsilon=0.05)
+        torch.testing.assert_close(plans[i, j], alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(plans[i, j].sum(1), a[i, 0], atol=2e-5 * float(a[i].sum()), rtol=0)
 
 
 @pytest.mark.parametrize("epsilon", [1e-45, 1e-20, 1e-3, 1.0, 1e20, 1e300])
@@ -147,6 +164,8 @@ def test_sinkhorn_computes_half_precision_in_fp32():
         plan = sinkhorn(cost.to(dtype))
         assert plan.dtype == torch.float32
         torch.testing.assert_close(plan, sinkhorn(cost.to(dtype).float()))
+        with torch.autocast("cpu", dtype):
+            torch.testing.assert_close(plan, sinkhorn(cost.to(dtype)), rtol=0, atol=0)
 
 
 def test_sinkhorn_rejects_what_is_no_problem():
@@ -459,10 +478,15 @@ def test_what_is_no_clip_is_refused_in_one_line(clip, tmp_path):
     write_safetensors(tmp_path / "lying.safetensors", {"a": torch.ones(3)}, name="F32")
     raw = (tmp_path / "lying.safetensors").read_bytes()
     (tmp_path / "lying.safetensors").write_bytes(raw[:-4])
+    write_safetensors(tmp_path / "long.safetensors", state, name="F32")
+    with (tmp_path / "long.safetensors").open("ab") as f:
+        f.write(b"more")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "resnet.pt")
     torch.save({k: v for k, v in state.items() if "ln_final" not in k}, tmp_path / "part.pt")
     torch.save(state | {"visual.proj": torch.ones(3, 3)}, tmp_path / "shape.pt")
+    torch.save(state | {"visual.proj": state["visual.proj"] * math.nan}, tmp_path / "nan.pt")
+    torch.save(state | {"visual.proj": state["visual.proj"].to_sparse()}, tmp_path / "sparse.pt")
     for path in tmp_path.iterdir():
         with pytest.raises(ValueError) as error:
             load(path)
@@ -1320,7 +1344,11 @@ def test_saved_prompts_are_evaluated_and_predict(tmp_path, capsys):
     other = tmp_path / "other.pt"
     torch.save(small_clip().state_dict(), other)
     expect_error(capsys, "other weights", "--load", prompts, "--model", other)
-    prompts.write_bytes(prompts.read_bytes()[:1000])
+    whole, saved = prompts.read_bytes(), promptot.load_saved(prompts)
+    saved["text"][0, 0, 0] = math.nan
+    torch.save(saved, prompts)
+    expect_error(capsys, "not all of their numbers are finite", "--load", prompts)
+    prompts.write_bytes(whole[:1000])
     expect_error(capsys, "damaged", "--load", prompts)
     expect_error(capsys, "no saved prompts", "--load", DEMO / "tiny-clip.pt", "--model",
                  DEMO / "tiny-clip.pt")
