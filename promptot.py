@@ -18,7 +18,6 @@ same weights with learned prompts give f_i and t_c. All features have length 1.
 """
 
 import argparse
-import collections
 import contextlib
 import functools
 import io
@@ -29,7 +28,7 @@ import random
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +92,7 @@ def sinkhorn(
         cost = cost.expand(*a.shape[:-2], n, m)
     problems = [cost.reshape(-1, n, m), a.reshape(-1, 1, n), b.reshape(-1, 1, m)]
     with torch.autocast(cost.device.type, enabled=False):  # half precision is too coarse here
-        if n * m >= 2**14 and cost.device.type == "cpu":  # large ones one by one: they fit the cache
+        if n * m >= 2**14 and cost.device.type == "cpu":  # large ones one by one: they fit a cache
             each = zip(*(x.expand(len(problems[0]), -1, -1).split(1) for x in problems))
             plan = torch.cat([_solve(*problem, epsilon, max_iter, tol) for problem in each])
         else:
@@ -687,11 +686,12 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_prompts(args.load, clip, args.precision) if args.load else None
     folder = Path(share(args.output or report.free_folder(args.data, args.resume)))
     metrics = report.open_metrics(folder, settings_of(args, clip), args.resume)
-    metrics["tables"] += [t for t in tables(dataset, targets) if t not in metrics["tables"]]
+    tables = report.tables(dataset.classnames, targets)
+    metrics["tables"] += [table for table in tables if table not in metrics["tables"]]
     log = report.Log(folder / "log.txt", quiet=not is_main())
     save = functools.partial(report.save_metrics, folder) if is_main() else lambda metrics: None
     prompts = loaded.prompts if loaded else PromptLearner(clip, args.n_ctx, args.depth)
-    log("\n".join(describe(args, dataset, targets, prompts, clip)) + "\n")
+    log("\n".join(report.describe(args, dataset, targets, clip, prompts, world()[1])) + "\n")
 
     for name, target in itertools.chain(*(group.items() for group in targets.values())):
         if name not in metrics["zero_shot"]:
@@ -737,30 +737,6 @@ def evaluation_targets(dataset: Dataset, args: argparse.Namespace) -> dict[str, 
     for path in args.eval_data:
         add(list(targets.values())[-1], load_dataset(path, args.classnames), path)
     return targets
-
-
-def tables(dataset: Dataset, targets: dict[str, dict[str, Dataset]]) -> list[dict]:
-    """The paper's tables, as far as there are targets for them; report.results fills them in.
-
-    Targets whose classes are among those of the source are domain generalisation (ImageNet-R has
-    200 of the 1,000), others are cross-dataset.
-    """
-    found = []
-
-    def add(title: str, classes: str, source: list[str], names: list[str]) -> None:
-        if names:
-            found.append({"title": title, "classes": classes, "source": source, "targets": names})
-
-    for classes, group in targets.items():
-        names = list(group)
-        source, others = (names[:2], names[2:]) if classes == "base" else (names[:1], names[1:])
-        shifted = [n for n in others if set(group[n].classnames) <= set(dataset.classnames)]
-        foreign = [n for n in others if n not in shifted]
-        if classes == "base" or not others:
-            add("base-to-novel" if classes == "base" else "all classes", classes, [], source)
-        add("cross-dataset", classes, source, foreign)
-        add("domain generalisation", classes, source, shifted)
-    return found
 
 
 JOB = ("classes", "reg", "shots", "seed")  # what tells the runs of one command apart
@@ -819,32 +795,6 @@ def tune(
         save_prompts(model, state_file.with_name("prompts.pt"), settings)
         report.plan_picture(cost, plan, labels, state_file.with_name("plan.png"))
     return model, history
-
-
-def describe(
-    args: argparse.Namespace, dataset: Dataset, targets: dict, prompts: PromptLearner, clip: CLIP
-) -> Iterator[str]:
-    """What the run is made of, in a few lines."""
-    counts = [len(items) for items in (dataset.train, dataset.val, dataset.test)]
-    yield (f"data    {dataset.name} ({args.data}): {len(dataset.classnames)} classes, "
-           f"{counts[0]} train, {counts[1]} val, {counts[2]} test images")
-    every = dict(itertools.chain(*(group.items() for group in targets.values())))
-    for name, target in every.items():
-        names = ", ".join(target.classnames[:9]) + (", ..." if len(target.classnames) > 9 else "")
-        yield f"target  {name}: {len(target.test)} images; {len(target.classnames)} classes {names}"
-    frozen, learned = (sum(p.numel() for p in m.parameters()) for m in (clip, prompts))
-    size = clip.image_resolution
-    yield (f"model   {args.model}: {size} x {size} pixels, {frozen / 1e6:.1f} M frozen parameters, "
-           f"{learned:,} learned in the prompts")
-    processes = f", {world()[1]} processes" if world()[1] > 1 else ""
-    yield f"device  {args.device}, {args.precision}{processes}"
-    for note in dict.fromkeys(note for d in (dataset, *every.values()) for note in d.notes):
-        yield f"note    {note}"
-    per_class = collections.Counter(label for _, label in dataset.train)
-    few = [label for label, count in per_class.items() if count < max(args.shots)]
-    if few and not args.load:
-        yield (f"note    classes with fewer than {max(args.shots)} training images: {len(few)}, "
-               f"e.g. {dataset.classnames[few[0]]} with {per_class[few[0]]}; all of them are used")
 
 
 def predict(args: argparse.Namespace) -> None:

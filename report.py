@@ -1,5 +1,6 @@
-"""What a run shows and keeps: log, progress line, tables, picture, metrics."""
+"""What a run shows and keeps: description, log, progress line, tables, picture, metrics."""
 
+import collections
 import contextlib
 import itertools
 import json
@@ -7,12 +8,37 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torchvision
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+
+def describe(args, dataset, targets: dict, clip, prompts, processes: int) -> Iterator[str]:
+    """What the run is made of, in a few lines. targets: as of `tables`."""
+    counts = [len(items) for items in (dataset.train, dataset.val, dataset.test)]
+    yield (f"data    {dataset.name} ({args.data}): {len(dataset.classnames)} classes, "
+           f"{counts[0]} train, {counts[1]} val, {counts[2]} test images")
+    every = dict(itertools.chain(*(group.items() for group in targets.values())))
+    for name, target in every.items():
+        names = ", ".join(target.classnames[:9]) + (", ..." if len(target.classnames) > 9 else "")
+        yield f"target  {name}: {len(target.test)} images; {len(target.classnames)} classes {names}"
+    frozen, learned = (sum(p.numel() for p in m.parameters()) for m in (clip, prompts))
+    size = clip.image_resolution
+    yield (f"model   {args.model}: {size} x {size} pixels, {frozen / 1e6:.1f} M frozen parameters, "
+           f"{learned:,} learned in the prompts")
+    several = f", {processes} processes" if processes > 1 else ""
+    yield f"device  {args.device}, {args.precision}{several}"
+    for note in dict.fromkeys(note for d in (dataset, *every.values()) for note in d.notes):
+        yield f"note    {note}"
+    per_class = collections.Counter(label for _, label in dataset.train)
+    few = [label for label, count in per_class.items() if count < max(args.shots)]
+    if few and not args.load:
+        yield (f"note    classes with fewer than {max(args.shots)} training images: {len(few)}, "
+               f"e.g. {dataset.classnames[few[0]]} with {per_class[few[0]]}; all of them are used")
 
 
 class Log:
@@ -83,6 +109,32 @@ def harmonic_mean(accuracies: list[float]) -> float:
     """HM = 2 b n / (b + n) of base and novel accuracy; 0 if both are 0."""
     base, novel = accuracies
     return 2 * base * novel / (base + novel) if base + novel else 0.0
+
+
+def tables(classnames: list[str], targets: dict[str, dict]) -> list[dict]:
+    """The paper's tables, as far as there are targets for them; `results` fills them in.
+
+    classnames: of the source. targets: for each of --classes, name -> data set to be tested on.
+
+    Targets whose classes are among those of the source are domain generalisation (ImageNet-R has
+    200 of the 1,000), others are cross-dataset.
+    """
+    found = []
+
+    def add(title: str, classes: str, source: list[str], names: list[str]) -> None:
+        if names:
+            found.append({"title": title, "classes": classes, "source": source, "targets": names})
+
+    for classes, group in targets.items():
+        names = list(group)
+        source, others = (names[:2], names[2:]) if classes == "base" else (names[:1], names[1:])
+        shifted = [n for n in others if set(group[n].classnames) <= set(classnames)]
+        foreign = [n for n in others if n not in shifted]
+        if classes == "base" or not others:
+            add("base-to-novel" if classes == "base" else "all classes", classes, [], source)
+        add("cross-dataset", classes, source, foreign)
+        add("domain generalisation", classes, source, shifted)
+    return found
 
 
 def results(metrics: dict) -> str:

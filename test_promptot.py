@@ -145,7 +145,7 @@ def test_sinkhorn_of_many_large_problems_and_of_many_masses():
     for i, j in itertools.product(range(2), range(3)):
         alone = sinkhorn(costs[j], a[i, 0], epsilon=0.05)
         torch.testing.assert_close(plans[i, j], alone, atol=1e-6, rtol=0)
-        torch.testing.assert_close(plans[i, j].sum(1), a[i, 0], atol=2e-5 * float(a[i].sum()), rtol=0)
+        torch.testing.assert_close(plans[i, j].sum(1), a[i, 0], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("epsilon", [1e-45, 1e-20, 1e-3, 1.0, 1e20, 1e300])
