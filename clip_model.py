@@ -130,28 +130,31 @@ class PrefixTree(NamedTuple):
     is enough to compute each node once: T vectors instead of those of C' x L tokens.
     """
 
-    tokens: Tensor  # (T,), the token of each node; the first text's nodes are 0, 1, 2, ...
+    tokens: Tensor  # (T,), the token of each node
     positions: Tensor  # (T,), its position in the text
-    rows: Tensor  # (C', L), the node of each token of each distinct text; any node behind the end
-    places: Tensor  # (T,), an entry of rows.flatten() that is the node
+    rows: Tensor  # (C', L), the nodes of each distinct text, sorted; behind its end any nodes
+    places: Tensor  # (T,), where in rows.flatten() each node stands
     ends: Tensor  # (C,), the node at which each text ends
 
 
 def prefix_tree(tokens: Tensor) -> PrefixTree:
-    """Token ids (C, L), where a text ends at its highest id (EOT), as a tree."""
-    texts, which = tokens.unique(dim=0, return_inverse=True)  # sorted: those that begin alike meet
+    """Token ids (C, L) as a tree; all texts end with the same id, which is the highest (EOT).
+
+    Nodes are numbered text by text, so that the first text in rows has 0, 1, 2, ...
+    """
+    texts, text_of = tokens.unique(dim=0, return_inverse=True)  # sorted: like beginnings meet
     ends = texts.argmax(dim=-1)
-    new = torch.ones_like(texts, dtype=torch.bool)  # does no text above begin like this?
-    new[1:] = (texts[1:] != texts[:-1]).cumsum(dim=-1) > 0
-    new &= torch.arange(texts.shape[1]) <= ends[:, None]
-    numbers = new.flatten().cumsum(dim=0).view_as(texts) - 1
-    rows = numbers.where(new, 0).cummax(dim=0).values  # what is not new is the node above
+    is_new = torch.ones_like(texts, dtype=torch.bool)  # does no text above begin like this?
+    is_new[1:] = (texts[1:] != texts[:-1]).cumsum(dim=-1) > 0
+    is_new &= torch.arange(texts.shape[1]) <= ends[:, None]
+    numbers = is_new.flatten().cumsum(dim=0).view_as(texts) - 1
+    rows = numbers.where(is_new, 0).cummax(dim=0).values  # what is not new is the node above
     return PrefixTree(
-        tokens=texts[new],
-        positions=new.nonzero()[:, 1],
+        tokens=texts[is_new],
+        positions=is_new.nonzero()[:, 1],
         rows=rows,
-        places=new.flatten().nonzero()[:, 0],
-        ends=rows[torch.arange(len(texts)), ends][which],
+        places=is_new.flatten().nonzero()[:, 0],
+        ends=rows[torch.arange(len(texts)), ends][text_of],
     )
 
 
@@ -173,12 +176,12 @@ class Attention(nn.Module):
         With a tree: nodes (T, W) -> (T, W).
         """
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        if tree:
-            qkv = [F.embedding(tree.rows, part) for part in qkv]  # (T, W) -> (C', L, W)
+        if tree is not None:  # (T, W) -> (C', L, W); in fp32, as gradients of many texts add up
+            qkv = [F.embedding(tree.rows, part.float()).to(part.dtype) for part in qkv]
         q, k, v = (part.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for part in qkv)
         y = F.scaled_dot_product_attention(q[:, :, :read], k, v, is_causal=self.causal)
         y = y.transpose(1, 2).flatten(2)  # (B, heads, L, HEAD_WIDTH) -> (B, L, W)
-        if tree:
+        if tree is not None:
             y = F.embedding(tree.places, y.flatten(0, 1))  # (C', L, W) -> (T, W)
         return self.out_proj(y)
 

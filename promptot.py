@@ -67,16 +67,19 @@ def sinkhorn(
 
     cost: (..., n, m), any finite numbers; leading dimensions are independent problems.
     a: (..., n), b: (..., m), masses >= 0 with the same total; uniform with total 1 by default.
+    Leading dimensions broadcast.
     epsilon: > 0, in units of the cost; below what the dtype resolves (1e-6 of the cost's range in
     fp32) it changes nothing more. Stops when the row sums are within `tol` of a (sum of absolute
     errors, as a share of the total mass) in every problem, which is looked at every 10 iterations,
-    or after `max_iter` iterations: then the row sums may be off, and the plan be that of a larger
-    epsilon. The column sums are exact to rounding.
+    or after `max_iter` iterations (rounded up to tens): then the row sums may be off, and the plan
+    be that of a larger epsilon. The column sums are exact to rounding.
     Returns the plan (..., n, m), without gradient; half precision is computed and returned in fp32.
-    Raises ValueError for epsilon <= 0, marginals of the wrong length, negative or of unequal total.
+    Raises ValueError for epsilon <= 0, marginals of the wrong length, negative, not finite or of
+    unequal total.
 
     Textbook Sinkhorn (Cuturi 2013) takes K = exp(-cost / epsilon), repeats u = a / (K v) and
-    v = b / (K^T u), and returns diag(u) K diag(v). `_solve` does so on a K that cannot underflow.
+    v = b / (K^T u), and returns diag(u) K diag(v). `_solve` does so on a K whose rows and columns
+    do not vanish, however small epsilon is.
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon must be positive, not {epsilon}")
@@ -102,7 +105,7 @@ def sinkhorn(
 
 
 def _marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
-    """Checked marginals (..., 1, n), (..., 1, m) as shares of the total mass (..., 1, 1).
+    """Checked marginals (..., 1, n), (..., 1, m) as shares of a total mass, and that (..., 1, 1).
 
     They have the dtype of the cost and all leading dimensions. One of them may be None: uniform.
     """
@@ -113,8 +116,8 @@ def _marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor
     b = a.sum(-1, keepdim=True).expand(*a.shape[:-1], m) / m if b is None else b
     if (a.shape[-1], b.shape[-1]) != (n, m):
         raise ValueError(f"{n} x {m} costs and {a.shape[-1]}, {b.shape[-1]} masses do not fit")
-    if (a < 0).any() or (b < 0).any() or (a.sum(-1) <= 0).any():
-        raise ValueError("masses must not be negative, nor all of them zero")
+    if not all((x >= 0).all() and x.isfinite().all() for x in (a, b)) or (a.sum(-1) <= 0).any():
+        raise ValueError("masses must be finite and not negative, nor all of them zero")
     if not torch.allclose(a.sum(-1), b.sum(-1), rtol=1e-3, atol=0):
         raise ValueError("the two marginals must have the same total mass")
     total = a.sum(-1)[..., None, None]
@@ -129,12 +132,12 @@ def _solve(
 ) -> Tensor:
     """`sinkhorn` of P problems at once: cost (P, n, m), a (P or 1, 1, n), b (P or 1, 1, m).
 
-    K is a plan, normalised in the log domain, so that nothing overflows however small epsilon is;
-    where the plan is nearly a permutation, that solves the problem. Then u and v rescale its rows
-    and columns, each step over-relaxed by omega (Thibault et al. 2021), which is estimated per
-    problem from the speed of convergence (Young 1971): 10 to 30 times fewer iterations than
-    without, where Sinkhorn is slow. When u and v have become large, they go into K (Schmitzer
-    2019). A tiny epsilon is reached by halving a larger one.
+    K is a plan, normalised in the log domain: first its rows, then its columns; where the plan is
+    nearly a permutation, that solves the problem. Then u and v rescale rows and columns, each step
+    over-relaxed by omega (Thibault et al. 2021), which is estimated per problem from the speed of
+    convergence (Young 1971): 10 to 30 times fewer iterations than without, where Sinkhorn is slow.
+    When u has become large, and with it v, they go into K (Schmitzer 2019). A tiny epsilon is
+    reached by halving a larger one.
     """
     info = torch.finfo(cost.dtype)
     # A constant added to a row or column of the cost does not change the plan: start each at 0.
@@ -145,7 +148,7 @@ def _solve(
     log_k = cost / -finest.clamp(min=min(max(epsilon, info.tiny), info.max))
     k, omega, last_error = None, None, None
     excess = 1.0  # the factor by which epsilon is still too large
-    for iteration in range(0, max_iter + 1, SWEEP):
+    for iteration in range(0, max_iter + SWEEP, SWEEP):
         if k is None:
             log_k = log_k.log_softmax(dim=2) + a.log().mT  # rows sum to a
             k = log_k.softmax(dim=1) * b  # columns sum to b
@@ -156,7 +159,7 @@ def _solve(
         if iteration >= max_iter or (excess == 1 and largest <= tol):
             break
 
-        sharpen = 1.0  # the factor for log_k, of the old epsilon to the new
+        sharpen = 1.0  # what epsilon is to be divided by
         if iteration == 0:  # not solved at once: begin with a larger epsilon, if it is a hard one
             sharpen = 1 / max(1.0, -float(log_k.min()) / 100)
         elif excess > 1 and largest <= 1e-4:  # solved: a good start for the next
@@ -170,8 +173,9 @@ def _solve(
         else:
             last_error = None  # the error of another problem says nothing here
         if sharpen != 1 or float(u.log().abs().max()) > 20:
-            log_k = log_k.log_softmax(dim=1) + b.log() + v.log() + u.log().mT
-            log_k, k, excess = sharpen * log_k, None, excess / sharpen
+            log_k = log_k.log_softmax(dim=1) + b.log()  # columns as those of k
+            log_k = sharpen * (log_k + u.log().mT + v.log())
+            k, excess = None, excess / sharpen
     return u.mT * k * v
 
 

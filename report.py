@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def describe(args, dataset, targets: dict, clip, prompts, processes: int) -> Iterator[str]:
-    """What the run is made of, in a few lines. targets: as of `tables`."""
+    """What the run is made of, in a few lines. targets: as for `tables`."""
     counts = [len(items) for items in (dataset.train, dataset.val, dataset.test)]
     yield (f"data    {dataset.name} ({args.data}): {len(dataset.classnames)} classes, "
            f"{counts[0]} train, {counts[1]} val, {counts[2]} test images")

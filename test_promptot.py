@@ -158,6 +158,14 @@ def test_sinkhorn_is_finite_for_any_finite_cost(scale, epsilon):
     torch.testing.assert_close(plan.sum(1), torch.full((4,), 1 / 4), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("max_iter", [0, 1, 15, 25, 37])
+def test_sinkhorn_that_is_stopped_early_has_exact_column_sums(max_iter):
+    for seed, epsilon in itertools.product(range(5), (1e-5, 1e-3, 1e-2)):
+        cost = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed))
+        plan = sinkhorn(cost, epsilon=epsilon, max_iter=max_iter)
+        torch.testing.assert_close(plan.sum(0), torch.full((7,), 1 / 7))
+
+
 def test_sinkhorn_computes_half_precision_in_fp32():
     cost = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)).half()
     for dtype in (torch.float16, torch.bfloat16):
@@ -173,6 +181,7 @@ def test_sinkhorn_rejects_what_is_no_problem():
     for bad in (
         dict(epsilon=0.0), dict(epsilon=-1.0), dict(epsilon=math.nan), dict(a=torch.ones(3)),
         dict(a=torch.tensor([1.5, -0.5])), dict(a=torch.ones(2), b=torch.ones(3)),
+        dict(a=torch.tensor([1.0, math.inf])), dict(b=torch.tensor([1.0, math.nan, 1.0])),
     ):
         with pytest.raises(ValueError):
             sinkhorn(cost, **bad)
@@ -362,7 +371,7 @@ def test_no_prompts_are_plain_clip(clip):
 
 
 def test_a_text_does_not_depend_on_its_company(clip):
-    """Cutting behind the last end-of-text and sharing the common beginning are exact."""
+    """Leaving out what stands behind the end, and sharing beginnings, are exact."""
     prompts = torch.randn(3, 4, 64)
     for texts in (TEXTS, TEXTS[:1], ["a photo of a cat."] * 3, ["one two three four five", *TEXTS]):
         together = clip.encode_text(tokenize(texts), prompts)
@@ -374,6 +383,19 @@ def test_a_text_does_not_depend_on_its_company(clip):
                                torch.zeros(1, 0, 64)), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="too short"):
         clip.encode_text(tokenize(["cat", "a photo of a cat"]), prompts)
+
+
+def test_a_prefix_tree_has_one_node_for_each_beginning():
+    """9 is the end; what stands behind it does not count."""
+    tree = clip_model.prefix_tree(
+        torch.tensor([[1, 2, 9, 0], [1, 2, 3, 9], [1, 2, 9, 0], [4, 9, 7, 7]])
+    )
+    beginnings = {(1,), (1, 2), (1, 2, 3), (1, 2, 3, 9), (1, 2, 9), (4,), (4, 9)}
+    assert sorted(tree.tokens.tolist()) == sorted(text[-1] for text in beginnings)
+    assert tree.tokens[tree.ends].tolist() == [9, 9, 9, 9] and tree.ends[0] == tree.ends[2]
+    assert tree.positions[tree.ends].tolist() == [2, 3, 2, 1]
+    assert torch.equal(tree.rows.flatten()[tree.places], torch.arange(len(beginnings)))
+    assert tree.rows[0, :3].tolist() == [0, 1, 2]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -549,6 +571,14 @@ def test_number_of_prompts(clip, n_ctx):
         torch.testing.assert_close(text, model.text0)
 
 
+@pytest.mark.parametrize("n_ctx", [1, 2, 4, 6])
+def test_class_names_that_begin_alike(clip, n_ctx):
+    names = ["sea", "sea lion", "sea lion pup", "sea", "sea.", "x", "lake"]
+    model = PromptOT(clip, names, n_ctx=n_ctx, depth=2)
+    slow = [slow_encode_text(clip, row, model.prompts.text) for row in model.tokens]
+    torch.testing.assert_close(model.text_features(), unit(torch.stack(slow)), rtol=1e-4, atol=1e-5)
+
+
 def test_loss_is_cross_entropy_plus_lambda_ot(clip):
     torch.manual_seed(0)
     model, (images, labels) = PromptOT(clip, NAMES), batch()
@@ -573,7 +603,7 @@ def test_only_prompts_get_gradients(clip):
 
 
 def test_many_classes_in_chunks_give_the_same_gradients(clip, monkeypatch):
-    """Grouping by length, and recomputing for very many classes, are exact."""
+    """Encoding very many classes in parts, and again in the backward pass, is exact."""
     names = [" ".join(["thing"] * (1 + i % 5)) + f" {i}" for i in range(300)]
     images, labels = batch()
     gradients, texts = [], []
@@ -602,6 +632,18 @@ def test_half_precision_is_near_and_losses_are_fp32(clip, precision):
         for tensor in (losses[p], parts["plan"], model.prompts.text.grad):
             assert tensor.dtype == torch.float32
     torch.testing.assert_close(losses[precision], losses["fp32"], rtol=0.05, atol=0.01)
+
+
+def test_half_precision_gradients_of_many_texts(clip):
+    """All texts share the prompts: their gradients are added up in fp32."""
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        model = PromptOT(clip, [str(i) for i in range(500)], precision=precision)
+        direction = torch.randn(16, generator=torch.Generator().manual_seed(1))
+        (model.text_features() @ direction).sum().backward()
+        gradients.append(model.prompts.text.grad)
+    assert (gradients[0] - gradients[1]).norm() < 0.03 * gradients[0].norm()
 
 
 def test_schedule_of_learning_rates():
