@@ -252,19 +252,15 @@ class VisionTransformer(nn.Module):
         start = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([start, patches], dim=1) + self.positional_embedding  # (B, 1 + N, W)
         prompts = [] if prompts is None else prompts.to(x.dtype)
-        tokens = x.shape[1]  # class and patches; prompts stand behind them
-
-        def with_prompts(x: Tensor, layer: int) -> Tensor:  # -> (B, 1 + N + n, W)
-            return torch.cat([x[:, :tokens], prompts[layer].expand(len(x), -1, -1)], dim=1)
-
-        if len(prompts):
-            x = with_prompts(x, 0)
-        x = self.ln_pre(x)
+        tokens, last = x.shape[1], self.transformer.layers - 1
         for layer, block in enumerate(self.transformer.resblocks):
-            if 0 < layer < len(prompts):
-                x = with_prompts(x, layer)
-            last = layer == self.transformer.layers - 1
-            x = block(x, read=1 if last else None)  # in the end, only the class token matters
+            if layer < len(prompts):  # behind class token and patches: (B, 1 + N + n, W)
+                x = torch.cat([x, prompts[layer].expand(len(x), -1, -1)], dim=1)
+            if layer == 0:
+                x = self.ln_pre(x)
+            # In the end, only the class token matters; prompts do not if the next layer has its own.
+            read = 1 if layer == last else tokens if layer + 1 < len(prompts) else None
+            x = block(x, read=read)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
