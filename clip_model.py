@@ -258,7 +258,7 @@ class VisionTransformer(nn.Module):
                 x = torch.cat([x, prompts[layer].expand(len(x), -1, -1)], dim=1)
             if layer == 0:
                 x = self.ln_pre(x)
-            # In the end, only the class token matters; prompts do not if the next layer has its own.
+            # In the end only the class token matters; prompts do not if the next layer has its own.
             read = 1 if layer == last else tokens if layer + 1 < len(prompts) else None
             x = block(x, read=read)
         return self.ln_post(x[:, 0]) @ self.proj
