@@ -61,12 +61,12 @@ class PlainBlock(nn.Module):
         self.ln_1, self.mlp, self.ln_2 = block.ln_1, block.mlp, block.ln_2
         self.causal = block.attn.causal
 
-    def forward(self, x: Tensor, read: int | None = None) -> Tensor:  # whatever is read: all of it
+    def forward(self, x: Tensor, read: int | None = None) -> Tensor:
         y, size = self.ln_1(x), (x.shape[1], x.shape[1])
         mask = y.new_full(size, float("-inf")).triu(1) if self.causal else None
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
         y = self.mlp.c_fc(self.ln_2(x))
-        return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))
+        return (x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y)))[:, :read]  # computed are all
 
 
 def plain_copy(clip: CLIP) -> CLIP:
