@@ -127,7 +127,7 @@ class PrefixTree(NamedTuple):
     """Texts as a tree, in which texts that begin alike share their nodes up to there.
 
     A causal tower gives a token the same values in all texts that are the same up to there, so it
-    is enough to compute each node once: T vectors instead of those of C' x L tokens.
+    is enough to compute each of the T nodes once, instead of C texts of L tokens.
     """
 
     tokens: Tensor  # (T,), the token of each node
@@ -336,17 +336,20 @@ class CLIP(nn.Module):
         tokens: (C, L) from `tokenize`; best kept on the CPU, since their layout is looked at here.
         prompts: (depth, n, width) or None; prompts[0] takes the place of tokens 1..n, behind SOT
         and before positions are added; prompts[l] replaces them at the input of block l.
-        Returns (C, D). ValueError if a text has no token left behind the prompts.
+        Returns (C, D). ValueError if a text has no token left behind the prompts, or if the tokens
+        ahead of the prompts differ.
 
-        The mask is causal, so nothing behind an end-of-text token can matter, and what texts begin
-        alike with (SOT, the prompts, perhaps words) is the same in all of them at every depth: the
-        former is left out, the latter computed once. Both are exact.
+        The mask is causal, so nothing behind an end-of-text token can matter, and what several
+        texts begin with (SOT, the prompts, perhaps words) is the same in all of them at every
+        depth: the former is left out, the latter computed once. Both are exact.
         """
         tokens, device = tokens.cpu(), self.positional_embedding.device
         ends = tokens.argmax(dim=-1)  # EOT has the highest id
         n = 0 if prompts is None or len(prompts) == 0 else prompts.shape[1]
         if ends.min() <= n:
             raise ValueError(f"a text is too short: its end-of-text token is among the {n} prompts")
+        if n and (tokens[:, 0] != tokens[0, 0]).any():
+            raise ValueError("with prompts, all texts must begin with the same token")
         tokens = tokens[:, : ends.max() + 1].clone()
         tokens[:, 1 : 1 + n] = 0  # whatever stood here: the prompts take its place
         tree = PrefixTree(*(part.to(device) for part in prefix_tree(tokens)))

@@ -383,6 +383,10 @@ def test_a_text_does_not_depend_on_its_company(clip):
                                torch.zeros(1, 0, 64)), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="too short"):
         clip.encode_text(tokenize(["cat", "a photo of a cat"]), prompts)
+    tokens = tokenize(TEXTS)
+    tokens[-1, 0] = 7
+    with pytest.raises(ValueError, match="begin with the same token"):
+        clip.encode_text(tokens, prompts)
 
 
 def test_a_prefix_tree_has_one_node_for_each_beginning():

@@ -70,6 +70,7 @@ class PlainBlock(nn.Module):
 
 
 def plain_copy(clip: CLIP) -> CLIP:
+    """A copy of its own, on the same device, with plain blocks."""
     clip = copy.deepcopy(clip)
     for tower in (clip.transformer, clip.visual.transformer):
         tower.resblocks = nn.ModuleList(PlainBlock(block) for block in tower.resblocks)
@@ -107,6 +108,7 @@ class PlainPromptOT(nn.Module):
         self.tokens = model.tokens.to(model.clip.logit_scale.device)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor]:
+        """As `PromptOT.loss`, without the parts."""
         with autocast(images.device, self.precision):
             image = unit(self.student.encode_image(images, self.prompts.vision))
             text = unit(plain_text(self.student, self.tokens, self.prompts.text))
@@ -123,6 +125,7 @@ class PlainPromptOT(nn.Module):
 
 
 def clock() -> float:
+    """Seconds, when all that was asked of a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
