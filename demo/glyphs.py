@@ -94,7 +94,9 @@ def font_files(package: str) -> list[Path]:
 @functools.cache
 def face_of(package: str) -> ImageFont.FreeTypeFont:
     """The face that stands for a held-out package."""
-    path = next(p for p in font_files(package) if HELD_OUT[package] in p.name)
+    path = next((p for p in font_files(package) if HELD_OUT[package] in p.name), None)
+    if path is None:
+        raise SystemExit(f"fonts-{package} is not installed: see the first lines of demo/glyphs.py")
     return ImageFont.truetype(str(path), 64, layout_engine=ImageFont.Layout.BASIC)
 
 

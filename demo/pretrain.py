@@ -1,14 +1,14 @@
 """Pre-trains the demo's tiny CLIP from scratch on drawn characters and their names.
 
     python demo/glyphs.py | xargs apt-get install -y --no-install-recommends    # on Debian 12
-    pip install scikit-learn && python demo/make_data.py
     python demo/pretrain.py             # an hour on one CPU core; goes on where it was interrupted
+    python demo/pretrain.py --evaluate  # only measures demo/tiny-clip.pt
 
 A pair is a character drawn in one of 578 faces, distorted, and a caption such as "a photo of a
 capital letter b.". The loss is CLIP's: in a batch of n pairs each picture must pick its caption
 among n, and each caption its picture (Radford et al., 2021, figure 3). Nothing is learned from
-scans: digits/ and letters/ are read to print zero-shot accuracy, beside that on distorted digits
-of the fonts held out of training.
+the demo's data: digits/, scans/ and letters/ are read to print zero-shot accuracy, beside that on
+distorted digits of the fonts held out of training.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # clip_model.py and data.py lie beside this folder
@@ -241,6 +241,27 @@ def contrastive_loss(
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
+def initialise(clip: CLIP) -> None:
+    """Gives a new model the random weights that OpenAI's code starts CLIP from.
+
+    Deviations fall with a tower's width, those of residual branches also with its depth. Biases,
+    layer norms and the patch convolution stay as torch made them.
+    """
+    nn.init.constant_(clip.logit_scale, math.log(1 / 0.07))
+    nn.init.normal_(clip.token_embedding.weight, std=0.02)
+    nn.init.normal_(clip.positional_embedding, std=0.01)
+    for parameter in (clip.visual.class_embedding, clip.visual.positional_embedding):
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    for tower, projection in ((clip, clip.text_projection), (clip.visual, clip.visual.proj)):
+        width, blocks = len(projection), tower.transformer.resblocks
+        nn.init.normal_(projection, std=width**-0.5)
+        for block in blocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * len(blocks)) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * len(blocks)) ** -0.5)
+
+
 def make_optimizer(model: CLIP, lr: float, steps: int):
     """AdamW with decay on matrices only; 100 warm-up steps, then a cosine to zero."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -264,6 +285,7 @@ def train(args: argparse.Namespace, glyphs: Glyphs, captions: Captions, held_out
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     model, alike = CLIP(**SIZES, vocab_size=len(captions.used)), lookalikes()
+    initialise(model)
     optimizer, schedule = make_optimizer(model, args.lr, args.steps)
     first, spent = restore(args.checkpoint, model, optimizer, schedule, rng)
     start = time.time() - spent
@@ -360,15 +382,15 @@ def held_out_pictures() -> Tensor:
 
 
 def report(model: CLIP, captions: Captions | None, held_out: Tensor) -> str:
-    """Accuracies in %. Base and novel: the first and second five digits in alphabetical order."""
+    """Accuracies in %; in brackets, of the first and the last five digits of the alphabet."""
     found = classify(model, held_out.flatten(0, 1), DIGITS, captions).reshape(-1, 10)
     fonts = 100 * (found == torch.arange(10)).float().mean().item()
-    halves = (), sorted(DIGITS)[:5], sorted(DIGITS)[5:]
-    digits, base, novel = (accuracy(model, captions, "digits", only) for only in halves)
-    return (
-        f"held-out fonts {fonts:4.1f}  digits {digits:4.1f}  base {base:4.1f}  novel {novel:4.1f}  "
-        f"letters {accuracy(model, captions, 'letters'):4.1f}"
-    )
+    parts = [f"held-out fonts {fonts:4.1f}"]
+    for folder in ("digits", "scans"):
+        halves = (), sorted(DIGITS)[:5], sorted(DIGITS)[5:]
+        whole, base, novel = (accuracy(model, captions, folder, only) for only in halves)
+        parts.append(f"{folder} {whole:4.1f} ({base:4.1f} / {novel:4.1f})")
+    return "  ".join([*parts, f"letters {accuracy(model, captions, 'letters'):4.1f}"])
 
 
 # --------------------------------------------------------------------------------------------------
