@@ -3,8 +3,9 @@
     pip install matplotlib        # besides what promptot.py needs
     python demo/figures.py
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; what a colour says is also
-written. Drawings are measured in pixels of the README's column, from the upper left corner.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, with lighter shades of them;
+what a colour says is also written. Drawings are measured in pixels from the upper left corner, in
+the width of the README's column.
 """
 
 import sys
