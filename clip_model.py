@@ -1,6 +1,6 @@
-"""CLIP (Radford et al., 2021) with deep prompts: tokenizer, the two towers, loading of weights.
+"""CLIP (Radford et al., 2021) with deep prompts: tokenizer, the two towers, `load`.
 
-The file stands alone: copy it together with `bpe_simple_vocab_16e6.txt.gz`.
+Copy this file together with `weights.py` and `bpe_simple_vocab_16e6.txt.gz`.
 
     clip = load("ViT-B/16")                                  # fp32, eval mode, frozen
     image = clip.encode_image(images)                        # (B, 3, R, R) -> (B, D)
@@ -16,14 +16,8 @@ import functools
 import gzip
 import hashlib
 import html
-import json
 import math
 import os
-import pickle
-import sys
-import tempfile
-import urllib.request
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --------------------------------------------------------------------------------------------------
-# Tokenizer: byte-pair encoding over bytes, lower case
+from weights import MEAN, STD, available_models, find, read_weights
+
+# ---- Tokenizer: byte-pair encoding over bytes, lower case ----------------------------------------
 
 MERGES_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 N_MERGES = 48894  # the file goes on; CLIP's vocabulary of 49408 stops here
@@ -117,73 +112,78 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
     return tokens
 
 
-# --------------------------------------------------------------------------------------------------
-# The model. Attribute names spell the keys of OpenAI's state dicts.
+# ---- Texts in rows -------------------------------------------------------------------------------
 
-HEAD_WIDTH = 64  # of every published CLIP, in both towers
+class PackedTexts(NamedTuple):
+    """C texts laid out in R rows of L tokens, as `pack` does it."""
+
+    tokens: Tensor  # (R, L) ids; 0 after the last text of a row
+    positions: Tensor  # (R, L) of each token in its text
+    mask: Tensor  # (R, 1, L, L) True where a token (row) sees another (column)
+    ends: Tensor  # (C,) where in the R * L tokens each text ends
+
+    def to(self, device: torch.device) -> "PackedTexts":
+        """The same on another device."""
+        return PackedTexts(*(part.to(device) for part in self))
 
 
-class PrefixTree(NamedTuple):
-    """Texts as a tree, in which texts that begin alike share their nodes up to there.
+SHARED, PADDING = -1, -2  # owners of the tokens that belong to no text
 
-    A causal tower gives a token the same values in all texts that are the same up to there, so it
-    is enough to compute each of the T nodes once, instead of C texts of L tokens.
+
+def pack(tokens: Tensor, n_prompts: int = 0, length: int = 48) -> PackedTexts:
+    """Token ids (C, L) of texts -> rows of about `length` tokens that hold several texts each.
+
+    The mask of the text tower is causal, hence its first tokens, SOT and the prompts, are the same
+    in all texts, and nothing after an EOT matters. So a row begins with SOT and the places of the
+    prompts, once, and goes on with the tokens of one text up to its EOT, those of the next, and so
+    on; a token sees the shared beginning and what stands before it in its own text.
+    Raises ValueError if a text ends among the prompts, or the texts differ in their first token.
     """
+    start = 1 + n_prompts
+    texts = [row[: row.argmax() + 1].tolist() for row in tokens.cpu()]  # EOT has the highest id
+    if not texts:
+        raise ValueError("there must be at least one text")
+    if min(map(len, texts)) <= start:
+        raise ValueError(f"a text is too short, its end is among the {n_prompts} prompts")
+    if len({text[0] for text in texts}) > 1:
+        raise ValueError("all texts must begin with the same token")
+    length = max(length, *map(len, texts))
+    rows, ends = [], []  # rows of (token, position, owner); (row, column) of each EOT
+    for i, text in enumerate(texts):
+        own = [(token, position, i) for position, token in enumerate(text)][start:]
+        if not rows or len(rows[-1]) + len(own) > length:
+            rows.append([(text[k], k, SHARED) for k in range(start)])
+        rows[-1] += own
+        ends.append((len(rows) - 1, len(rows[-1]) - 1))
+    length = max(map(len, rows))
+    table = torch.tensor([row + (length - len(row)) * [(0, 0, PADDING)] for row in rows])
+    tokens, positions, owners = table.unbind(dim=-1)  # (R, L) each
+    sees = (owners[:, :, None] == owners[:, None, :]) | (owners[:, None, :] == SHARED)
+    mask = sees.tril()[:, None]  # (R, 1, L, L), broadcast over heads
+    return PackedTexts(tokens, positions, mask, torch.tensor([r * length + c for r, c in ends]))
 
-    tokens: Tensor  # (T,), the token of each node
-    positions: Tensor  # (T,), its position in the text
-    rows: Tensor  # (C', L), the nodes of each distinct text, sorted; behind its end any nodes
-    places: Tensor  # (T,), where in rows.flatten() each node stands
-    ends: Tensor  # (C,), the node at which each text ends
 
+# ---- The model. Attribute names spell the keys of OpenAI's state dicts. --------------------------
 
-def prefix_tree(tokens: Tensor) -> PrefixTree:
-    """Token ids (C, L) as a tree; all texts end with the same id, which is the highest (EOT).
-
-    Nodes are numbered text by text, so that the first text in rows has 0, 1, 2, ...
-    """
-    texts, text_of = tokens.unique(dim=0, return_inverse=True)  # sorted: like beginnings meet
-    ends = texts.argmax(dim=-1)
-    is_new = torch.ones_like(texts, dtype=torch.bool)  # does no text above begin like this?
-    is_new[1:] = (texts[1:] != texts[:-1]).cumsum(dim=-1) > 0
-    is_new &= torch.arange(texts.shape[1]) <= ends[:, None]
-    numbers = is_new.flatten().cumsum(dim=0).view_as(texts) - 1
-    rows = numbers.where(is_new, 0).cummax(dim=0).values  # what is not new is the node above
-    return PrefixTree(
-        tokens=texts[is_new],
-        positions=is_new.nonzero()[:, 1],
-        rows=rows,
-        places=is_new.flatten().nonzero()[:, 0],
-        ends=rows[torch.arange(len(texts)), ends][text_of],
-    )
+HEAD_WIDTH = 64  # of the text towers of all published CLIPs, and of most image towers
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `causal` lets a token see itself and the tokens before it."""
+    """Multi-head self-attention."""
 
-    def __init__(self, width: int, causal: bool):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        self.causal = causal
+        self.heads = heads
 
-    def forward(
-        self, x: Tensor, read: int | None = None, tree: PrefixTree | None = None
-    ) -> Tensor:
-        """(B, L, W) -> (B, L, W) or, of the first `read` tokens, (B, read, W).
-
-        With a tree: nodes (T, W) -> (T, W).
-        """
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        if tree is not None:  # (T, W) -> (C', L, W); in fp32, as gradients of many texts add up
-            qkv = [F.embedding(tree.rows, part.float()).to(part.dtype) for part in qkv]
-        q, k, v = (part.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for part in qkv)
-        y = F.scaled_dot_product_attention(q[:, :, :read], k, v, is_causal=self.causal)
-        y = y.transpose(1, 2).flatten(2)  # (B, heads, L, HEAD_WIDTH) -> (B, L, W)
-        if tree is not None:
-            y = F.embedding(tree.places, y.flatten(0, 1))  # (C', L, W) -> (T, W)
-        return self.out_proj(y)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, W) -> (B, L, W). mask: (B, 1, L, L), True where a row sees a column."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3W)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, W')
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, heads, L, W') -> (B, L, W)
 
 
 class QuickGELU(nn.Module):
@@ -194,81 +194,65 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x) / 1.702  # one fused kernel, half the memory of the formula above
 
 
-class Block(nn.Module):
-    """Pre-norm residual block: attention, then an MLP of ratio 4."""
+ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
 
-    def __init__(self, width: int, causal: bool):
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then an MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
-        self.attn = Attention(width, causal)
+        self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             collections.OrderedDict(
-                c_fc=nn.Linear(width, 4 * width),
-                gelu=QuickGELU(),
-                c_proj=nn.Linear(4 * width, width),
+                c_fc=nn.Linear(width, mlp_width),
+                gelu=ACTIVATIONS[activation](),
+                c_proj=nn.Linear(mlp_width, width),
             )
         )
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(
-        self, x: Tensor, read: int | None = None, tree: PrefixTree | None = None
-    ) -> Tensor:
-        """(B, L, W) -> (B, L, W), or only the first `read` of L, which attend to all of x.
-
-        With a tree: nodes (T, W) -> (T, W).
-        """
-        y = self.attn(self.ln_1(x), read, tree)
-        x = (x if read is None else x[:, :read]) + y
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, W) -> (B, L, W)."""
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
     """A stack of blocks. The encoders walk through it themselves, to show where prompts enter."""
 
-    def __init__(self, width: int, layers: int, causal: bool):
+    def __init__(self, width: int, layers: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
         self.width, self.layers = width, layers
-        self.resblocks = nn.ModuleList(Block(width, causal) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            Block(width, heads, mlp_width, activation) for _ in range(layers)
+        )
 
 
 class VisionTransformer(nn.Module):
-    """The image tower: patches, a class token that is read at the end, and prompts after them."""
+    """The image tower: a class token, which is read at the end, patches, and prompts after them."""
 
-    def __init__(self, resolution: int, patch_size: int, width: int, layers: int, embed_dim: int):
+    def __init__(
+        self, resolution: int, patch_size: int, width: int, embed_dim: int, transformer: Transformer
+    ):
         super().__init__()
+        patches = (resolution // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
-        self.positional_embedding = nn.Parameter(
-            torch.empty((resolution // patch_size) ** 2 + 1, width)
-        )
+        self.positional_embedding = nn.Parameter(torch.empty(1 + patches, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, causal=False)
+        self.transformer = transformer
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
-
-    def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """(B, 3, R, R), (depth, n, width) -> (B, D)."""
-        patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, N, W)
-        start = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        x = torch.cat([start, patches], dim=1) + self.positional_embedding  # (B, 1 + N, W)
-        prompts = [] if prompts is None else prompts.to(x.dtype)
-        tokens, last = x.shape[1], self.transformer.layers - 1
-        for layer, block in enumerate(self.transformer.resblocks):
-            if layer < len(prompts):  # behind class token and patches: (B, 1 + N + n, W)
-                x = torch.cat([x, prompts[layer].expand(len(x), -1, -1)], dim=1)
-            if layer == 0:
-                x = self.ln_pre(x)
-            # In the end only the class token matters; prompts do not if the next layer has its own.
-            read = 1 if layer == last else tokens if layer + 1 < len(prompts) else None
-            x = block(x, read=read)
-        return self.ln_post(x[:, 0]) @ self.proj
 
 
 class CLIP(nn.Module):
     """An image tower and a text tower that meet in a space of D = `embed_dim` dimensions.
 
-    Widths must be multiples of 64. Parameters are initialised for training from scratch; `load`
-    and `from_state_dict` give a frozen model.
+    activation: "quickgelu" or "gelu". head_width: of the image tower; the text tower's is 64.
+    vision_mlp_width: 4 times the width unless given. mean, std: with which images are normalised.
+    Parameters are not initialised: `from_state_dict` and `load` fill them, and freeze the model.
     """
 
     def __init__(
@@ -282,102 +266,87 @@ class CLIP(nn.Module):
         text_layers: int,
         context_length: int = 77,
         vocab_size: int = 49408,
+        activation: str = "quickgelu",
+        head_width: int = HEAD_WIDTH,
+        vision_mlp_width: int | None = None,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
     ):
         super().__init__()
-        if vision_width % HEAD_WIDTH or text_width % HEAD_WIDTH:
-            widths = f"widths {vision_width} and {text_width}"
-            raise ValueError(f"{widths} must be multiples of {HEAD_WIDTH}")
-        self.image_resolution = image_resolution
+        for width, of_head in ((vision_width, head_width), (text_width, HEAD_WIDTH)):
+            if width % of_head:
+                raise ValueError(f"width {width} is no multiple of the head width {of_head}")
+        self.image_resolution, self.context_length = image_resolution, context_length
+        self.activation, self.head_width, self.mean, self.std = activation, head_width, mean, std
         self.visual = VisionTransformer(
-            image_resolution, patch_size, vision_width, vision_layers, embed_dim
+            image_resolution, patch_size, vision_width, embed_dim,
+            Transformer(vision_width, vision_layers, vision_width // head_width,
+                        vision_mlp_width or 4 * vision_width, activation),
         )
         self.token_embedding = nn.Embedding(vocab_size, text_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
-        self.transformer = Transformer(text_width, text_layers, causal=True)
+        self.transformer = Transformer(
+            text_width, text_layers, text_width // HEAD_WIDTH, 4 * text_width, activation
+        )
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """CLIP's initialisation: deviations fall with width, residual branches also with depth."""
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=self.transformer.width**-0.5)
-        for parameter in (
-            self.visual.class_embedding, self.visual.positional_embedding, self.visual.proj
-        ):
-            nn.init.normal_(parameter, std=self.visual.transformer.width**-0.5)
-        for tower in (self.transformer, self.visual.transformer):
-            residual_std = tower.width**-0.5 * (2 * tower.layers) ** -0.5
-            for block in tower.resblocks:
-                nn.init.normal_(block.attn.in_proj_weight, std=tower.width**-0.5)
-                nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
-                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * tower.width) ** -0.5)
-                nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that a text may have."""
-        return len(self.positional_embedding)
 
     def encode_image(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Images -> features, not normalised.
 
-        images: (B, 3, R, R), normalised with CLIP's mean and deviation. prompts: (depth, n, width)
-        or None; prompts[0] stands behind the patches before `ln_pre`, prompts[l] replaces it at
-        the input of block l (MaPLe, "independent V-L prompts"). Returns (B, D).
+        images: (B, 3, R, R), normalised with `mean` and `std`. prompts: (depth, n, width) or None;
+        prompts[0] stands after the patches before `ln_pre`, prompts[l] replaces it at the input of
+        block l (MaPLe's "independent V-L prompts"). Returns (B, D).
         """
-        return self.visual(images, prompts)
-
-    def encode_text(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """Token ids -> features read at the end-of-text token, not normalised.
-
-        tokens: (C, L) from `tokenize`; best kept on the CPU, since their layout is looked at here.
-        prompts: (depth, n, width) or None; prompts[0] takes the place of tokens 1..n, behind SOT
-        and before positions are added; prompts[l] replaces them at the input of block l.
-        Returns (C, D). ValueError if a text has no token left behind the prompts, or if the tokens
-        ahead of the prompts differ.
-
-        The mask is causal, so nothing behind an end-of-text token can matter, and what several
-        texts begin with (SOT, the prompts, perhaps words) is the same in all of them at every
-        depth: the former is left out, the latter computed once. Both are exact.
-        """
-        tokens, device = tokens.cpu(), self.positional_embedding.device
-        ends = tokens.argmax(dim=-1)  # EOT has the highest id
-        n = 0 if prompts is None or len(prompts) == 0 else prompts.shape[1]
-        if ends.min() <= n:
-            raise ValueError(f"a text is too short: its end-of-text token is among the {n} prompts")
-        if n and (tokens[:, 0] != tokens[0, 0]).any():
-            raise ValueError("with prompts, all texts must begin with the same token")
-        tokens = tokens[:, : ends.max() + 1].clone()
-        tokens[:, 1 : 1 + n] = 0  # whatever stood here: the prompts take its place
-        tree = PrefixTree(*(part.to(device) for part in prefix_tree(tokens)))
-
-        x = self.token_embedding(tree.tokens)  # (T, W); SOT is node 0, the prompts are 1..n
-        prompts = [] if not n else prompts.to(x.dtype)
-        for layer, block in enumerate(self.transformer.resblocks):
-            if layer < len(prompts):
-                x = torch.cat([x[:1], prompts[layer], x[1 + n :]])
+        tower, prompts = self.visual, () if prompts is None else prompts
+        patches = tower.conv1(images).flatten(2).transpose(1, 2)  # (B, N, W)
+        start = tower.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        x = torch.cat([start, patches], dim=1) + tower.positional_embedding  # (B, 1 + N, W)
+        length = x.shape[1]
+        for layer, block in enumerate(tower.transformer.resblocks):
+            if layer < len(prompts):  # (B, 1 + N + n, W)
+                here = prompts[layer].expand(len(x), -1, -1)
+                x = torch.cat([x[:, :length], here], dim=1)
             if layer == 0:
-                x = x + self.positional_embedding[tree.positions]
-            x = block(x, tree=tree)
-        return self.ln_final(x[tree.ends]) @ self.text_projection
+                x = tower.ln_pre(x)
+            if layer + 1 < tower.transformer.layers:
+                x = block(x)
+            else:  # as block(x), but the class token is all that is read: no MLP for the others
+                x = (x + block.attn(block.ln_1(x)))[:, :1]
+                x = x + block.mlp(block.ln_2(x))
+        return tower.ln_post(x[:, 0]) @ tower.proj
+
+    def encode_text(self, tokens: Tensor | PackedTexts, prompts: Tensor | None = None) -> Tensor:
+        """Token ids -> features, read at the end-of-text token, not normalised.
+
+        tokens: (C, L) from `tokenize`, or what `pack(tokens, n)` made of them, to do it once only.
+        prompts: (depth, n, width) or None; prompts[0] takes the places 1..n, after SOT, before
+        positions are added; prompts[l] replaces it at the input of block l.
+        Returns (C, D). Raises ValueError for what `pack` refuses.
+        """
+        prompts = () if prompts is None else prompts
+        n = prompts.shape[1] if len(prompts) else 0
+        texts = tokens if isinstance(tokens, PackedTexts) else pack(tokens, n)
+        texts = texts.to(self.positional_embedding.device)
+        x = self.token_embedding(texts.tokens)  # (R, L, W)
+        for layer, block in enumerate(self.transformer.resblocks):
+            if layer < len(prompts):  # in the places 1..n of each row
+                here = prompts[layer].expand(len(x), -1, -1)
+                x = torch.cat([x[:, :1], here, x[:, 1 + n :]], dim=1)
+            if layer == 0:
+                x = x + self.positional_embedding[texts.positions]
+            x = block(x, texts.mask)
+        return self.ln_final(x.flatten(0, 1)[texts.ends]) @ self.text_projection
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> "CLIP":
+    def from_state_dict(cls, state: dict[str, Tensor], **options) -> "CLIP":
         """A frozen fp32 model in eval mode, its sizes read from the tensors of `state`.
 
-        ValueError if `state` is not that of a CLIP with a vision transformer.
+        options: activation, head_width, mean, std, which tensors do not tell.
+        Raises ValueError if `state` is not that of a CLIP with a vision transformer.
         """
-        extra = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI stored
-        state = {k: v for k, v in state.items() if k not in extra and "attn_mask" not in k}
         try:
-            if not all(v.is_floating_point() for v in state.values()):
-                raise RuntimeError("not all of its tensors are of floating point")
-            state = {k: v.float() for k, v in state.items()}
-            if not all(v.isfinite().all() for v in state.values()):
-                raise RuntimeError("not all of its numbers are finite")
             width, _, patch, _ = state["visual.conv1.weight"].shape
             patches = len(state["visual.positional_embedding"]) - 1
             text_width, embed_dim = state["text_projection"].shape
@@ -392,16 +361,15 @@ class CLIP(nn.Module):
                     text_layers=_count_blocks(state, "transformer.resblocks."),
                     context_length=len(state["positional_embedding"]),
                     vocab_size=len(state["token_embedding.weight"]),
+                    vision_mlp_width=len(state["visual.transformer.resblocks.0.mlp.c_fc.bias"]),
+                    **options,
                 )
-            model.load_state_dict(state, assign=True)
+            model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
         except KeyError as e:
             found = ", ".join(list(state)[:3]) or "nothing"
-            raise ValueError(
-                f"not the weights of a CLIP with a vision transformer: no {e} (found {found}, ...)"
-            ) from None
+            raise ValueError(f"no CLIP with a vision transformer: no {e} (found {found})") from None
         except (RuntimeError, TypeError, ValueError) as e:  # what is missing, left over, misshapen
-            reason = " ".join(str(e).split())[:200]
-            raise ValueError(f"not the weights of a CLIP: {reason}") from None
+            raise ValueError(f"no weights of a CLIP: {' '.join(str(e).split())[:200]}") from None
         return model.requires_grad_(False).eval()
 
 
@@ -409,221 +377,37 @@ def _count_blocks(state: dict[str, Tensor], prefix: str) -> int:
     return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
 
 
-# --------------------------------------------------------------------------------------------------
-# Weights
-
-URL = "https://openaipublic.azureedge.net/clip/models"
-MODELS = {  # name -> SHA-256 and file name of OpenAI's archive
-    "ViT-B/32": (
-        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"
-    ),
-    "ViT-B/16": (
-        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"
-    ),
-    "ViT-L/14": (
-        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"
-    ),
-    "ViT-L/14@336px": (
-        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"
-    ),
-}
-
-
-def available_models() -> list[str]:
-    """The published models that `load` knows by name."""
-    return list(MODELS)
-
-
 def load(
     name: str | os.PathLike = "ViT-B/16",
     device: str | torch.device = "cpu",
     cache_dir: str | os.PathLike | None = None,
+    activation: str | None = None,
 ) -> CLIP:
     """CLIP with pre-trained weights: fp32, eval mode, all parameters frozen.
 
-    name: one of `available_models()` (downloaded once into `cache_dir`, ~/.cache/clip by default)
-    or a path to weights: an OpenAI TorchScript archive, a state dict saved by `torch.save`, or
-    .safetensors. No code stored in a file is run.
-    The weights say nothing about head width and activation: 64 and QuickGELU, as OpenAI's, are
-    taken for granted. Weights trained otherwise load, but their zero-shot accuracy is poor.
-    Raises ValueError (unknown name, not a CLIP, damaged file) or OSError (cannot read, no network).
+    name: one of `available_models()`, which is downloaded once (into `cache_dir`, by default
+    ~/.cache/clip), or the path of weights in the layout of OpenAI, open_clip or transformers: see
+    `weights.py`. No code stored in a file is run. activation: "quickgelu" or "gelu", for weights
+    beside which no config says it; `notes` of the model lists what was guessed.
+    Raises ValueError (unknown name, no CLIP, damaged file) or OSError (cannot read, no network).
     """
-    if name in MODELS:
-        path = download(name, cache_dir)
-    elif os.path.isfile(name):
-        path = Path(name)
-    else:
-        known = ", ".join(available_models())
-        raise ValueError(f"unknown model {str(name)!r}: neither one of {known} nor a weights file")
+    path = find(name, cache_dir)
     try:
-        return CLIP.from_state_dict(read_state_dict(path)).to(device)
+        weights = read_weights(path, activation)
+        model = CLIP.from_state_dict(
+            weights.state, activation=weights.activation, head_width=weights.head_width,
+            mean=weights.mean, std=weights.std,
+        )
     except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-
-
-def download(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
-    """Path of a published model's archive in the cache, downloaded and checked if it is new there.
-
-    It comes to a temporary file, and gets its name only after its SHA-256 has been checked.
-    """
-    sha256, file = MODELS[name]
-    folder = Path(cache_dir or "~/.cache/clip").expanduser()
-    path, url = folder / file, f"{URL}/{sha256}/{file}"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    part = tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False)
-    try:
-        with part:
-            digest = _fetch(url, part)
-        if digest != sha256:
-            raise OSError(f"what arrived is not the published file (SHA-256 {digest[:12]}...)")
-        os.replace(part.name, path)
-    except OSError as e:  # URLError and time-outs are OSErrors, too
-        raise OSError(
-            f"cannot download {url} ({e}); if you have the weights, pass their path as the model"
-        ) from None
-    finally:
-        Path(part.name).unlink(missing_ok=True)
-    return path
-
-
-def _fetch(url: str, file) -> str:
-    """Copies a URL to an open file, with progress on stderr; returns the SHA-256 of the content."""
-    digest, done = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=30) as response:
-        total = int(response.headers.get("Content-Length", 0))
-        while chunk := response.read(2**20):
-            file.write(chunk)
-            digest.update(chunk)
-            done += len(chunk)
-            share = f" of {total / 2**20:.0f}" if total else ""
-            print(f"\r{url} {done / 2**20:.0f}{share} MiB", end="", file=sys.stderr)
-    print(file=sys.stderr)
-    return digest.hexdigest()
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU, in the dtype of the file.
-
-    Raises ValueError for a damaged file or one of another kind.
-    """
-    path = Path(path)
-    path.open("rb").close()  # an OSError is about reading; from here on, errors are about content
-    try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return _read_torchscript(archive)
-                if damaged := archive.testzip():  # torch.load does not compare checksums
-                    raise ValueError(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # each reader has its own words for damage; none of them runs code
-        kinds = "TorchScript archive, torch.save'd state dict, .safetensors"
-        raise ValueError(f"damaged, or none of the known kinds of weights file ({kinds})") from e
-    entries = state.items() if isinstance(state, dict) else [(None, None)]
-    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries):
-        raise ValueError("not a state dict (names -> tensors)")
-    return state
-
-
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """8 bytes: length of a JSON header; the header: dtype, shape, place of each tensor; bytes."""
-    data = bytearray(path.read_bytes())  # writable, as torch.frombuffer likes it
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
-    state, covered = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if begin != covered:
-            raise ValueError("gaps or overlaps between tensors")
-        raw = torch.frombuffer(data[start + begin : start + end], dtype=torch.uint8)
-        state[name] = raw.view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        covered = end
-    if start + covered != len(data):
-        raise ValueError("more bytes than the tensors have")
-    return state
-
-
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-
-
-class _Node:
-    """Stands for a TorchScript module: its attributes are modules, tensors and plain values."""
-
-
-class _TorchScriptUnpickler(pickle.Unpickler):
-    """Reads `data.pkl` of a TorchScript archive. Knows modules, tensors and lists, and no code."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root, self.storages = archive, root, {}
-
-    def find_class(self, module: str, name: str):
-        """What a name in the pickle stands for; UnpicklingError for all that is not listed here."""
-        if module.startswith("__torch__"):
-            return _Node
-        if module == "torch" and name in STORAGE_DTYPES:
-            return STORAGE_DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self.rebuild_tensor
-        if module == "torch.jit._pickle" and name.startswith("build_"):
-            return list
-        if (module, name) == ("torch.jit._pickle", "restore_type_tag"):
-            return lambda value, type_name: value
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a weights file")
-
-    def persistent_load(self, pid: tuple) -> Tensor:
-        """A storage, as a flat tensor; it is read from the archive when first asked for."""
-        _, dtype, key, _, size = pid  # ("storage", kind, key, device, number of elements)
-        if key not in self.storages:
-            raw = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-            empty = torch.empty(0, dtype=dtype)  # for which frombuffer has no use
-            self.storages[key] = torch.frombuffer(raw, dtype=dtype, count=size) if raw else empty
-        return self.storages[key]
-
-    @staticmethod
-    def rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
-        """A tensor of its own from its place in a storage."""
-        return storage.as_strided(size, stride, offset).clone()
-
-
-def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive (a zip with data.pkl and raw storages) by name."""
-    root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).rsplit("/", 1)[0]
-    state = {}
-
-    def collect(node: _Node, prefix: str) -> None:
-        for name, value in vars(node).items():
-            if isinstance(value, Tensor):
-                state[prefix + name] = value
-            elif isinstance(value, _Node):
-                collect(value, f"{prefix}{name}.")
-
-    collect(_TorchScriptUnpickler(archive, root).load(), "")
-    return state
+        raise ValueError(f"{path}: {e}") from None
+    model.notes = weights.notes
+    return model.to(device)
 
 
 def fingerprint(clip: CLIP) -> str:
-    """Tells CLIP weights apart: a short hash of the two projections into the joint space."""
-    digest = hashlib.sha256()
+    """Tells CLIPs apart: a short hash of both projections into the joint space and the options."""
+    options = (clip.activation, clip.head_width, clip.mean, clip.std)
+    digest = hashlib.sha256(repr(options).encode())
     for projection in (clip.visual.proj, clip.text_projection):
         digest.update(projection.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

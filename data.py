@@ -1,20 +1,19 @@
 """Data sets as lists of (image path, label): loading, few-shot sampling, base/novel split, batches.
 
-The file stands alone and knows nothing of a model.
-
-    dataset = load_dataset("eurosat")                  # one of BENCHMARKS, or any folder of classes
-    base, novel = base_novel(dataset)
-    train = few_shot(base.train, 16, random.Random(1))
-    for images, labels in train_loader(train, 224, batch_size=4, seed=1, epochs=range(40)):
-        ...                                            # (B, 3, 224, 224), (B,), all 40 epochs
+    dataset = load_dataset("eurosat")                    # one of BENCHMARKS, or any class folders
+    source = few_shot_source(dataset, shots=16, seed=1)  # 16 images of each base class
+    loader = train_loader(source.train, train_transform(224), batch_size=4, seed=1)
+    for epoch in range(40):
+        loader.batch_sampler.set_epoch(epoch)
+        for images, labels in loader: ...                # (4, 3, 224, 224), (4,)
 
 Layouts, splits, class names and sampling are those of CoOp (Zhou et al., 2022), so that numbers
-can be compared with CoOp, CoCoOp, MaPLe, PromptSRC and Prompt-OT.
+can be compared with CoOp, CoCoOp, MaPLe, PromptSRC and Prompt-OT. Nothing here knows of a model:
+copy this file alone.
 """
 
 import collections
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -23,9 +22,8 @@ import random
 import re
 import shutil
 import tempfile
-import zlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,157 +31,178 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, default_collate, default_convert
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
-Item = tuple[str, int]  # (path of an image, label)
-Row = tuple[str, int, str]  # the same with the class's name, as split files have it
-Splits = dict[str, list[Row]]  # one of PARTS -> rows
+Items = list[tuple[str, int]]  # (path of an image, label)
+Splits = dict[str, Items]  # one of PARTS -> its items
+PathLike = str | os.PathLike
 PARTS = ("train", "val", "test")
+TEMPLATE = "a photo of a {}."
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `load_dataset` returns. An evaluation-only data set has an empty `train`."""
+    """What `load_dataset` returns. A data set for evaluation only has an empty `train`."""
 
     name: str
     classnames: list[str]  # label -> name, "_" already " "
-    train: list[Item] = field(repr=False)  # long
-    val: list[Item] = field(repr=False)
-    test: list[Item] = field(repr=False)
-    template: str = "a photo of a {}."  # zero-shot template of the literature
-    shift: Callable[[Image.Image], Image.Image] | None = None  # changes the test images
-    notes: tuple[str, ...] = ()  # what the user should know before believing the numbers
+    train: Items = field(repr=False)  # long
+    val: Items = field(repr=False)
+    test: Items = field(repr=False)
+    template: str = TEMPLATE  # for zero-shot classification
+    notes: tuple[str, ...] = ()  # what was read as what, and how far numbers can be compared
+    root: str = ""  # the folder, as `load_dataset` was given it
 
 
 def load_dataset(
-    root: str | os.PathLike, classnames_file: str | os.PathLike | None = None
+    root: PathLike, classnames: PathLike | None = None, template: str | None = None
 ) -> Dataset:
     """The data set in a folder.
 
-    root: a data set of BENCHMARKS in CoOp's layout, known by its files or its name; or a folder
-    with train/, test/ and perhaps val/, each with class sub-folders; or a folder of class
-    sub-folders, split 50/20/30 %. A class is named as its folder, "_" read as " ". With
-    ":inverted", ":noisy" or ":rotated" behind it: the same with `shift` set.
-    classnames_file: ImageNet's classnames.txt, if it is neither in the folder nor in ../imagenet.
-    Raises FileNotFoundError (further lines show the expected tree) or ValueError.
+    root: one of BENCHMARKS in CoOp's layout, known by its files or its name; or train/, test/ and
+    perhaps val/, each with class folders; or class folders, which are split 50 / 20 / 30 %. All
+    pictures below a class folder, at any depth, are of that class.
+    classnames: a text file, "folder name" on each line, for classes not named as their folder
+    ("_" read as " "). ImageNet's classnames.txt is looked for in the folder and in ../imagenet.
+    template: for zero-shot classification, {} being the class; None: the data set's own.
+    Raises OSError or ValueError, which say what is wrong and what is expected.
     """
-    root, shift = _split_shift(root)
-    if not root.is_dir():
+    if template is not None and not re.fullmatch(r"[^{}]*\{\}[^{}]*", template):
+        raise ValueError(f"the template {template!r} needs one {{}}, where the class name goes")
+    folder = Path(os.path.abspath(os.path.expanduser(root)))
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {root}")
-    benchmark, home = _find(Path(os.path.abspath(root)))
-    notes: list[str] = []
+    benchmark, home = _find(folder)
     try:
-        if benchmark:
-            splits = benchmark.read(benchmark, home, notes, classnames_file)
-        else:
-            splits = _read_folders(home, {}, notes)
-        dataset = _assemble(benchmark.name if benchmark else home.name, splits, notes)
+        classes, splits, notes = _read(benchmark, home)
+        names = _names(benchmark, home, classnames, classes)
+        notes += _check(benchmark, names, splits)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{e}\n{benchmark.tree() if benchmark else OWN_TREE}") from None
+        raise FileNotFoundError(f"{e}; expected is {_expected(benchmark)}") from None
     except ValueError as e:
         raise ValueError(f"{root}: {e}") from None
-    if benchmark:
-        dataset = replace(dataset, template=benchmark.template)
-    if shift:
-        dataset = replace(dataset, name=f"{dataset.name}:{shift}", shift=SHIFTS[shift])
-    return dataset
+    items = [splits.get(part, []) for part in PARTS]
+    template = template or benchmark.template
+    return Dataset(benchmark.name, names, *items, template, tuple(notes), os.fspath(root))
 
 
-def _assemble(name: str, splits: Splits, notes: list[str]) -> Dataset:
-    """Checks that labels and class names fit together in all splits, and drops the names."""
-    names: dict[int, str] = {}
-    for _, label, classname in itertools.chain(*splits.values()):
-        if names.setdefault(label, classname) != classname:
-            raise ValueError(f"label {label} has two names, {names[label]!r} and {classname!r}")
-    if gaps := [label for label in range(len(names)) if label not in names]:
-        raise ValueError(f"labels are not 0, 1, 2, ...: no image has label {gaps[0]}")
-    classnames = [" ".join(names[i].replace("_", " ").split()) for i in range(len(names))]
-    if len(classnames) < 2:
-        raise ValueError(f"two classes are needed at least, not {len(classnames)} {classnames}")
-    counts = collections.Counter(c.lower() for c in classnames)  # case is lost in CLIP's tokens
-    twice = [c for c, count in counts.items() if count > 1]
-    if twice and not name.startswith("ImageNet"):
+def _check(b: "Benchmark", classnames: list[str], splits: Splits) -> list[str]:
+    """Whether all classes have a name and images; what is not ideal is returned as notes."""
+    if len(classnames) < 2 or "" in classnames:
+        raise ValueError(f"two classes with names are needed at least, not {classnames}")
+    counts = collections.Counter(name.lower() for name in classnames)  # CLIP does not see case
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice and b.files != CLASSNAMES:
         raise ValueError(f"two classes have the name {twice[0]!r}")
-    if twice:  # "missile" and "sunglasses" are so in CLIP's list, and in all published numbers
-        notes.append(f"names that two classes share: {', '.join(twice)}")
-    lists = {part: [(path, y) for path, y, _ in splits.get(part, [])] for part in PARTS}
+    # "missile" and "sunglasses" are twice in CLIP's list for ImageNet, and in published numbers.
+    notes = [f"names that two classes share: {', '.join(twice)}"] if twice else []
     for part in ("train", "test"):
-        lacking = sorted(set(names) - {label for _, label in lists[part]}) if lists[part] else []
-        if lacking and part == "train":
-            raise ValueError(f"no train image of class {classnames[lacking[0]]!r}")
-        if lacking:
-            first = classnames[lacking[0]]
-            notes.append(f"{len(lacking)} classes have no test image, the first is {first!r}")
-    return Dataset(name, classnames, **lists, notes=tuple(notes))
+        lacking = set(range(len(classnames))) - {label for _, label in splits.get(part, [])}
+        if lacking and part == "train" and splits.get("train"):
+            raise ValueError(f"no train image of class {classnames[min(lacking)]!r}")
+        if lacking and part == "test":
+            first = classnames[min(lacking)]
+            notes.append(f"classes without a test image: {len(lacking)}, {first!r} the first")
+    return notes
 
 
 # --------------------------------------------------------------------------------------------------
-# Readers: a folder -> the rows of its splits
+# Readers: a folder -> its classes, by folder's or file's names, its splits, and notes for the user
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = {  # all that is decoded: others may start programs (EPS: Ghostscript)
+    "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "GIF": (".gif",),
+    "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm"),
+}
+EXTENSIONS = tuple(itertools.chain(*FORMATS.values()))
+PART_OF = {"train": "train", "training": "train", "val": "val", "valid": "val",
+           "validation": "val", "test": "test", "testing": "test"}
+
+
+def _visible(folder: PathLike) -> list[os.DirEntry]:
+    """What is in a folder, by name, without what systems leave there: ._a.jpg, __MACOSX, .git."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith((".", "__"))]
+    return sorted(visible, key=lambda entry: entry.name)
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the sub-folders, sorted, without hidden ones and those of tools (__MACOSX)."""
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__")))
+    return [entry.name for entry in _visible(folder) if entry.is_dir()]
 
 
-def _class_folders(folder: Path, names: dict[str, str], notes: list[str]) -> list[Row]:
-    """The images of class sub-folders; label = rank of the folder's name.
+def find_pictures(folder: PathLike) -> tuple[list[str], list[str]]:
+    """All pictures below a folder, by the ends of their names, and all other files.
 
-    names: folder -> class name where they differ; a folder with the name "" is left out.
+    Links are followed, but to no folder that was read already or that `folder` lies in.
     """
-    classes = [c for c in _folders(folder) if names.get(c, c)] if folder.is_dir() else []
+    pictures, others, folders = [], [], [os.fspath(folder)]
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))
+    for here in folders:  # which grows on the way
+        real = os.path.realpath(here)
+        for entry in _visible(here) if real not in seen else []:
+            if entry.is_dir():
+                folders.append(entry.path)
+            else:
+                is_picture = entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
+                (pictures if is_picture else others).append(entry.path)
+        seen.add(real)
+    return pictures, others
+
+
+def _read_classes(folder: Path, classes: list[str]) -> tuple[Items, list[str]]:
+    """The pictures in class folders, whose places in `classes` are the labels; notes."""
     if not classes:
         raise FileNotFoundError(f"no class folders in {folder}")
-    rows, skipped = [], []
-    for label, c in enumerate(classes):
-        images = []
-        for entry in sorted(os.scandir(folder / c), key=lambda entry: entry.name):
-            if entry.name.startswith("."):  # among them macOS's "._picture.jpg", which are none
-                continue
-            is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()
-            (images if is_image else skipped).append(entry.path)
-        if not images:
-            raise FileNotFoundError(f"no images in {folder / c}")
-        rows += [(path, label, names.get(c, c)) for path in images]
-    if skipped:
-        notes.append(f"{len(skipped)} files skipped, no images by their names: {skipped[0]}, ...")
-    return rows
+    items, deep = [], []
+    left_out = [e.path for e in _visible(folder) if e.name.lower().endswith(EXTENSIONS)]
+    for label, name in enumerate(classes):
+        here = os.path.join(folder, name)
+        pictures, others = find_pictures(here)
+        if not pictures:
+            raise FileNotFoundError(f"no images in {here}")
+        items += [(path, label) for path in pictures]
+        deep += [path for path in pictures if os.path.dirname(path) != here]
+        left_out += others
+    notes = {"files left out, no pictures of a class": left_out,
+             "pictures in sub-folders, which count as their class folder's": deep}
+    return items, [f"{note}: {len(of)}, {of[0]} ..." for note, of in notes.items() if of]
 
 
-def _read_folders(folder: Path, names: dict[str, str], notes: list[str]) -> Splits:
-    """A folder with train/, val/, test/, each with class sub-folders, or of class sub-folders."""
-    parts = [p for p in PARTS if (folder / p).is_dir() and _folders(folder / p)]
-    if not parts:
-        return _split(_class_folders(folder, names, notes))
-    splits = {p: _class_folders(folder / p, names, notes) for p in parts}
-    if "test" not in splits and "val" in splits:  # as everybody does with ImageNet
-        splits["test"] = splits.pop("val")
-        notes.append(f"no test/ in {folder}: val/ is the test set")
-    if "test" not in splits:
-        raise FileNotFoundError(f"{folder} has train/, but neither test/ nor val/")
-    classes = {p: {name for _, _, name in rows} for p, rows in splits.items()}
-    for p in classes:
-        if odd := sorted(classes[p] ^ classes["test"]):
-            raise ValueError(f"{p}/ and test/ have different classes: {odd[0]!r} is in one only")
-    return splits
+def _read_folders(folder: Path, no_classes: Iterable[str] = ()) -> tuple[list, Splits, list[str]]:
+    """A folder of class folders, or of train/, val/ and test/ with the same class folders each."""
+    names = [name for name in _folders(folder) if name not in no_classes]
+    parts = {PART_OF[name.lower()]: name for name in names
+             if name.lower() in PART_OF and _folders(folder / name)}
+    if not names or len(parts) < 2 and not PART_OF.keys() >= {name.lower() for name in names}:
+        items, notes = _read_classes(folder, names)  # where a class may be called "train"
+        notes.append("split into train, val, test: 50 / 20 / 30 % of each class")
+        return names, _split(items, names), notes
+    notes = [f"folder left out: {folder / n}" for n in names if n not in parts.values()]
+    if "test" not in parts and "val" in parts:  # as everybody does with ImageNet
+        parts["test"] = parts.pop("val")
+        notes.append(f"no test/ in {folder}: {parts['test']}/ is the test set")
+    if "test" not in parts:
+        raise FileNotFoundError(f"{folder} has neither test/ nor val/ with class folders")
+    classes, splits = _folders(folder / parts["test"]), {}
+    for part, name in parts.items():
+        if odd := set(classes) ^ set(_folders(folder / name)):
+            raise ValueError(f"{name}/ and test/ have different classes: {min(odd)!r} in one only")
+        splits[part], more_notes = _read_classes(folder / name, classes)
+        notes += more_notes
+    return classes, splits, notes
 
 
-def _split(rows: list[Row]) -> Splits:
+def _split(items: Items, classes: list[str]) -> Splits:
     """50 / 20 / 30 % of each class for train / val / test, rounded as CoOp does.
 
-    Files are shuffled, since neighbours by name are often alike or come in periods (frames of a
-    video, copies); the seed is the class's name, so that other classes do not matter. In a class
-    of few images train comes first, then test, then val.
+    Shuffled, since neighbours by name are often alike (frames of a video); the seed is the class's
+    name, so that other classes do not matter. Train comes first if images are few, then test.
     """
     splits: Splits = {part: [] for part in PARTS}
-    for name, of_class in itertools.groupby(rows, key=lambda row: row[2]):
+    for label, of_class in itertools.groupby(items, key=lambda item: item[1]):
         of_class = list(of_class)
-        random.Random(name).shuffle(of_class)
+        random.Random(classes[label]).shuffle(of_class)
         n = len(of_class)
         train = max(1, round(0.5 * n))
         val = max(0, min(round(0.2 * n), n - train - 1))
@@ -193,92 +212,40 @@ def _split(rows: list[Row]) -> Splits:
     return splits
 
 
-def _read_json(b: "Benchmark", home: Path, notes: list[str], _) -> Splits:
+def _read_split_file(file: Path, images: Path) -> tuple[list[str], Splits]:
     """split_zhou_*.json: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
-    file, images = home / b.split_file, home / b.images
-    if not file.exists():
-        splits = _read_folders(images if images.is_dir() else home, b.names, notes)
-        notes.append(f"no {file.name}: not the literature's split, so do not compare the numbers")
-        return splits
+    names: dict[int, str] = {}
+    splits: Splits = {part: [] for part in PARTS}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        splits = {
-            part: [
-                (os.path.join(images, path), int(label), str(name))
-                for path, label, name in content[part]
-            ]
-            for part in PARTS
-        }
-    except (ValueError, KeyError, TypeError) as e:
+        for part, (path, label, name) in ((p, row) for p in PARTS for row in content[p]):
+            splits[part].append((os.path.join(images, path), int(label)))
+            if names.setdefault(int(label), str(name)) != name:
+                raise ValueError(f"label {label} has two names, {names[label]!r} and {name!r}")
+        if set(names) != set(range(len(names))):
+            raise ValueError(f"labels are not 0, 1, 2, ..., but {str(sorted(names))[:70]}")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{file} is not a split file ({type(e).__name__}: {e})") from None
-    _check_exist(file, itertools.chain(*splits.values()))
-    return splits
+    return [names[label] for label in range(len(names))], splits
 
 
-def _read_aircraft(b: "Benchmark", home: Path, notes: list[str], _) -> Splits:
+def _read_aircraft(home: Path, images: Path) -> tuple[list[str], Splits]:
     """variants.txt: a name a line; images_variant_*.txt: "id name", the image being id.jpg."""
-    labels = {name: label for label, name in enumerate(_lines(home / "variants.txt"))}
-    splits: Splits = {}
-    for part in PARTS:
-        file = home / f"images_variant_{part}.txt"
-        splits[part] = []
-        for line in _lines(file):
+    classes = _lines(home / "variants.txt")
+    splits: Splits = {part: [] for part in PARTS}
+    for part, items in splits.items():
+        for line in _lines(home / f"images_variant_{part}.txt"):
             image, _, name = line.partition(" ")
-            if name not in labels:
-                raise ValueError(f"{file}: {line!r} does not end with a name of variants.txt")
-            path = os.path.join(home, b.images, f"{image}.jpg")
-            splits[part].append((path, labels[name], name))
-        _check_exist(file, splits[part])
-    return splits
-
-
-def _read_imagenet(b: "Benchmark", home: Path, notes: list[str], classnames_file) -> Splits:
-    """Folders named by wnid or, in V2, by line of classnames.txt, which gives the class names.
-
-    ImageNet itself has train/ and val/, and val/ is its test set; the variants have a test set
-    only. (CoOp leaves the order of ImageNet's files to the file system; here they are sorted.)
-    """
-    images = home / b.images if (home / b.images).is_dir() else home
-    beside = [folder / "classnames.txt" for folder in (home, images, home.parent / "imagenet")]
-    file = Path(classnames_file or next((f for f in beside if f.is_file()), beside[0]))
-    names = dict(line.split(" ", 1) for line in _lines(file) if " " in line)  # wnid -> name
-    if b.name == "ImageNetV2":
-        names = {str(i): name for i, name in enumerate(names.values())}
-    else:
-        names = dict(sorted(names.items()))
-    if b.name == "ImageNet":
-        splits = _read_folders(images, {}, notes)
-    else:
-        splits = {"test": _class_folders(images, {}, notes)}
-    folders = {folder for _, _, folder in splits["test"]}
-    if unknown := sorted(folders - set(names)):
-        raise ValueError(f"{file} has no name for the class folder {unknown[0]!r}")
-    labels = {folder: i for i, folder in enumerate(f for f in names if f in folders)}
-    return {
-        part: [(path, labels[folder], names[folder]) for path, _, folder in rows]
-        for part, rows in splits.items()
-    }
+            if name not in classes:
+                raise ValueError(f"{part}: {line!r} does not end with a name of variants.txt")
+            items.append((os.path.join(images, f"{image}.jpg"), classes.index(name)))
+    return classes, splits
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _check_exist(file: Path, rows: Iterable[Row]) -> None:
-    """Lists each folder once, instead of asking for each file: 0.1 s for 50,000 images."""
-
-    @functools.cache
-    def files(folder: str) -> set[str]:
-        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
-
-    missing = [p for p, _, _ in rows if os.path.basename(p) not in files(os.path.dirname(p))]
-    if missing:
-        raise FileNotFoundError(
-            f"{file} names {len(missing)} images that are not there, the first is {missing[0]}"
-        )
+    """The lines of a text file that are not empty (and without the mark that editors put first)."""
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -287,119 +254,137 @@ def _check_exist(file: Path, rows: Iterable[Row]) -> None:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One data set: where its images are, who reads it, and what is special about it."""
+    """What is special about a data set."""
 
     name: str
     folder: str
     images: str  # the image folder in it
-    read: Callable = _read_json
-    template: str = "a photo of a {}."  # for zero-shot classification, in the literature
     files: tuple[str, ...] = ()  # beside the images, if not CoOp's split file
     marks: tuple[str, ...] = ()  # what its folder holds and no other's, beside the split file
-    names: dict[str, str] = field(default_factory=dict)  # class folder -> name, "" = left out
-    fetch: tuple[str, str] | None = None  # torchvision's class, where it puts this folder's content
+    template: str = TEMPLATE
+    names: dict[str, str] = field(default_factory=dict)  # class folder -> name, "": no class
+    fetch: tuple[str, str] = ()  # torchvision's class, and where it puts this folder's content
 
     @property
     def split_file(self) -> str:
-        """Name of CoOp's split file."""
         return f"split_zhou_{self.name}.json"
-
-    def is_in(self, folder: Path) -> bool:
-        """Whether the content of `folder` shows that it is this data set."""
-        return any(any(folder.glob(mark)) for mark in (self.split_file, *self.marks))
-
-    def tree(self) -> str:
-        """The expected tree, for error messages."""
-        content = (f"{self.images}/...", *(self.files or [self.split_file]))
-        lines = "".join(f"\n        {name}" for name in content)
-        return f"{self.name} is expected as\n    {self.folder}/{lines}\nsee {DATASETS_MD}"
 
 
 DATASETS_MD = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 CLASSNAMES = ("classnames.txt",)
+AIRCRAFT = ("variants.txt", *(f"images_variant_{part}.txt" for part in PARTS))
 WNID = "n" + 8 * "[0-9]"  # a WordNet id, as a glob
-CALTECH_NAMES = {
-    "airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike",
-    "BACKGROUND_Google": "", "Faces_easy": "",
-}
-CARS_NAMES = {"cars_train": "", "cars_test": "", "devkit": ""}  # folders, but not of classes
-EUROSAT_NAMES = {
-    "AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",
-    "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
-    "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings",
-    "SeaLake": "Sea or Lake",
-}
-
 BENCHMARKS = [
-    Benchmark("ImageNet", "imagenet", "images", _read_imagenet,
-              files=CLASSNAMES, marks=(f"images/train/{WNID}",)),
-    Benchmark("Caltech101", "caltech-101", "101_ObjectCategories",
-              marks=("101_ObjectCategories",), names=CALTECH_NAMES),
-    Benchmark("OxfordPets", "oxford_pets", "images",
-              template="a photo of a {}, a type of pet.",
+    Benchmark("ImageNet", "imagenet", "images", CLASSNAMES, (f"images/train/{WNID}",)),
+    Benchmark("Caltech101", "caltech-101", "101_ObjectCategories", (), ("101_ObjectCategories",),
+              names={"airplanes": "airplane", "Faces": "face", "Leopards": "leopard",
+                     "Motorbikes": "motorbike", "BACKGROUND_Google": "", "Faces_easy": ""}),
+    Benchmark("OxfordPets", "oxford_pets", "images", template="a photo of a {}, a type of pet.",
               fetch=("OxfordIIITPet", "oxford-iiit-pet")),
-    Benchmark("StanfordCars", "stanford_cars", ".", names=CARS_NAMES),
+    Benchmark("StanfordCars", "stanford_cars", ".",
+              names={"cars_train": "", "cars_test": "", "devkit": ""}),
     Benchmark("OxfordFlowers", "oxford_flowers", "jpg",
               template="a photo of a {}, a type of flower."),
     Benchmark("Food101", "food-101", "images", template="a photo of {}, a type of food.",
               fetch=("Food101", "food-101")),
-    Benchmark("FGVCAircraft", "fgvc_aircraft", "images", _read_aircraft,
-              template="a photo of a {}, a type of aircraft.",
-              files=("variants.txt", *(f"images_variant_{part}.txt" for part in PARTS)),
-              marks=("variants.txt",),
+    Benchmark("FGVCAircraft", "fgvc_aircraft", "images", AIRCRAFT, ("variants.txt",),
+              "a photo of a {}, a type of aircraft.",
               fetch=("FGVCAircraft", "fgvc-aircraft-2013b/data")),
     Benchmark("SUN397", "sun397", "SUN397"),
     Benchmark("DescribableTextures", "dtd", "images", template="{} texture.",
               fetch=("DTD", "dtd/dtd")),
-    Benchmark("EuroSAT", "eurosat", "2750", template="a centered satellite photo of {}.",
-              marks=("2750", "AnnualCrop"), names=EUROSAT_NAMES,
-              fetch=("EuroSAT", "eurosat")),
-    Benchmark("UCF101", "ucf101", "UCF-101-midframes",
-              template="a photo of a person doing {}.", marks=("UCF-101-midframes",)),
-    Benchmark("ImageNetV2", "imagenetv2", "imagenetv2-matched-frequency-format-val",
-              _read_imagenet, files=CLASSNAMES,
-              marks=("imagenetv2-matched-frequency-format-val",)),
-    Benchmark("ImageNet-Sketch", "imagenet-sketch", "images", _read_imagenet,
-              files=CLASSNAMES, marks=(f"images/{WNID}",)),
-    Benchmark("ImageNet-A", "imagenet-adversarial", "imagenet-a", _read_imagenet,
-              files=CLASSNAMES, marks=("imagenet-a",)),
-    Benchmark("ImageNet-R", "imagenet-rendition", "imagenet-r", _read_imagenet,
-              files=CLASSNAMES, marks=("imagenet-r",)),
+    Benchmark("EuroSAT", "eurosat", "2750", (), ("2750", "AnnualCrop"),
+              "a centered satellite photo of {}.", fetch=("EuroSAT", "eurosat"), names={
+                  "AnnualCrop": "Annual Crop Land", "Highway": "Highway or Road",
+                  "HerbaceousVegetation": "Herbaceous Vegetation Land",
+                  "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
+                  "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings",
+                  "SeaLake": "Sea or Lake"}),
+    Benchmark("UCF101", "ucf101", "UCF-101-midframes", (), ("UCF-101-midframes",),
+              "a photo of a person doing {}."),
+    Benchmark("ImageNetV2", "imagenetv2", "imagenetv2-matched-frequency-format-val", CLASSNAMES,
+              ("imagenetv2-matched-frequency-format-val",)),
+    Benchmark("ImageNet-Sketch", "imagenet-sketch", "images", CLASSNAMES, (f"images/{WNID}",)),
+    Benchmark("ImageNet-A", "imagenet-adversarial", "imagenet-a", CLASSNAMES, ("imagenet-a",)),
+    Benchmark("ImageNet-R", "imagenet-rendition", "imagenet-r", CLASSNAMES, ("imagenet-r",)),
 ]
-OWN_TREE = """a data set of your own is expected as
-    folder/[train/ and test/, if it is split]
-        class name/
-            image.jpg"""
 
 
-def _find(root: Path) -> tuple[Benchmark | None, Path]:
-    """The benchmark that `root` is, or holds, or is the image folder of; and its own folder."""
-    for b in BENCHMARKS:
-        if root.name == b.images and b.is_in(root.parent):
-            return b, root.parent
-    for b in BENCHMARKS:  # what a folder holds tells more than its name
-        if b.is_in(root):
-            return b, root
-    inside = [b for b in BENCHMARKS if (root / b.folder).is_dir()]
-    if len(inside) > 1:
-        names = ", ".join(b.folder for b in inside)
-        raise ValueError(f"{root} holds several data sets, name one of them: {names}")
-    if inside:
-        return inside[0], root / inside[0].folder
-    return _by_name(root.name), root
+def _find(root: Path) -> tuple[Benchmark, Path]:
+    """The benchmark that `root` is the image folder of, or is, or holds; and its own folder.
+
+    What a folder holds tells more than its name. Any other folder is a benchmark of its own.
+    """
+    for places in (
+        [(b, root.parent) for b in BENCHMARKS if root.name == b.images],
+        [(b, root) for b in BENCHMARKS],
+        [(b, root / b.folder) for b in BENCHMARKS],  # by its content: a class may be called "dtd"
+    ):
+        found = [(b, home) for b, home in places
+                 if any(any(home.glob(mark)) for mark in (b.split_file, *b.marks))]
+        if len(found) > 1:
+            folders = ", ".join(b.folder for b, _ in found)
+            raise ValueError(f"{root} holds several data sets, name one of them: {folders}")
+        if found:
+            return found[0]
+    return _by_name(root.name) or Benchmark(root.name, root.name, "."), root
 
 
 def _by_name(name: str) -> Benchmark | None:
     """The benchmark of that name, or whose folder has it: "Caltech101", "caltech-101"."""
-
-    def plain(name: str) -> str:
-        return re.sub("[^a-z0-9]", "", name.lower())
-
-    known = {plain(n): b for b in BENCHMARKS for n in (b.name, b.folder)}
-    return known.get(plain(name))
+    return next((b for b in BENCHMARKS if name.lower() in (b.name.lower(), b.folder)), None)
 
 
-def download(name: str, root: str | os.PathLike) -> Path:
+def _expected(b: Benchmark) -> str:
+    """What `load_dataset` reads, for error messages."""
+    if b not in BENCHMARKS:
+        return "folder/class name/image.jpg, or folder/[train and test]/class name/image.jpg"
+    content = ", ".join((f"{b.images}/...", *(b.files or [b.split_file])))
+    return f"{b.folder}/ with {content}, as in {DATASETS_MD}"
+
+
+def _read(b: Benchmark, home: Path) -> tuple[list[str], Splits, list[str]]:
+    """Classes, splits and notes of a data set, by the reader for what is in its folder."""
+    images = home / b.images
+    if b.files == AIRCRAFT or os.path.exists(home / b.split_file):
+        classes, splits = (_read_aircraft(home, images) if b.files == AIRCRAFT else
+                           _read_split_file(home / b.split_file, images))
+        paths = [path for items in splits.values() for path, _ in items]
+        if missing := [path for path in paths if not os.path.exists(path)]:
+            raise FileNotFoundError(f"no image {missing[0]}, and {len(missing) - 1} more missing")
+        return classes, splits, []
+    images = images if images.is_dir() else home
+    if b.files == CLASSNAMES and b.name != "ImageNet":  # its variants have a test set only
+        # by length first: ImageNetV2's folders are the numbers 0 to 999
+        classes = sorted(_folders(images), key=lambda name: (len(name), name))
+        items, notes = _read_classes(images, classes)
+        return classes, {"test": items}, notes
+    no_classes = [folder for folder, name in b.names.items() if not name]
+    classes, splits, notes = _read_folders(images, no_classes)
+    if b in BENCHMARKS and b.name != "ImageNet":
+        notes.append(f"no {b.split_file}: not the literature's split, do not compare the numbers")
+    return classes, splits, notes
+
+
+def _names(b: Benchmark, home: Path, given: PathLike | None, classes: list[str]) -> list[str]:
+    """What the classes are called, by the file that is given or ImageNet's own."""
+    of_imagenet, names = b.files == CLASSNAMES, {}
+    if of_imagenet and given is None:
+        beside = [f / "classnames.txt" for f in (home, home / b.images, home.parent / "imagenet")]
+        given = next((file for file in beside if file.is_file()), beside[0])
+    if given is not None:
+        pairs = [line.partition("\t" if "\t" in line else " ") for line in _lines(Path(given))]
+        names = {folder.strip(): name.strip() or folder for folder, _, name in pairs}
+        if b.name == "ImageNetV2":
+            names = {str(i): name for i, name in enumerate(names.values())}
+        unknown = [name for name in classes if name not in names]
+        if unknown and (of_imagenet or unknown == classes):
+            raise ValueError(f"{given} has no name for the class folder {unknown[0]!r}")
+    names = b.names | names
+    return [" ".join(names.get(name, name).replace("_", " ").split()) for name in classes]
+
+
+def download(name: str, root: PathLike) -> Path:
     """Fetches a benchmark with torchvision into root/<its folder>, which is returned.
 
     Where CoOp has a split file it must be added by hand. Raises ValueError for a data set that
@@ -408,32 +393,32 @@ def download(name: str, root: str | os.PathLike) -> Path:
     b = _by_name(name)
     if b is None or not b.fetch:
         fetchable = ", ".join(b.name for b in BENCHMARKS if b.fetch)
-        by_hand = f"; get it by hand\n{b.tree()}" if b else ""
-        raise ValueError(f"{name} cannot be downloaded, only {fetchable}{by_hand}")
-    root = Path(root).expanduser()
+        raise ValueError(f"{name} cannot be downloaded, only {fetchable}; see {DATASETS_MD}")
+    root = Path(os.path.expanduser(root))
     target = root / b.folder
     if (target / b.images).is_dir():
         return target
     root.mkdir(parents=True, exist_ok=True)
-    dataset_class = getattr(torchvision.datasets, b.fetch[0])
     with tempfile.TemporaryDirectory(dir=root, prefix="download-") as staging:
         try:
-            dataset_class(staging, download=True)
+            getattr(torchvision.datasets, b.fetch[0])(staging, download=True)
         except Exception as e:  # no network, wrong checksum, cut off: each has its own class
-            url = getattr(dataset_class, "_URL", f"torchvision.datasets.{b.fetch[0]}")
-            reason = " ".join(str(e).split()) or type(e).__name__
-            raise OSError(f"cannot download {b.name} from {url} ({reason})") from None
+            raise OSError(f"cannot download {b.name} with torchvision ({_in_line(e)})") from None
         target.mkdir(exist_ok=True)
         for part in (*b.files, b.images):  # images last: once they are there, all is
             shutil.move(Path(staging, b.fetch[1], part), target / part)
     return target
 
 
+def _in_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 # --------------------------------------------------------------------------------------------------
-# Protocol: sampling, base and novel classes
+# Protocol: sampling, base and novel classes, what is tested
 
 
-def few_shot(items: list[Item], shots: int, rng: random.Random) -> list[Item]:
+def few_shot(items: Items, shots: int, rng: random.Random) -> Items:
     """`shots` random items of each class, all of a class that has fewer; shots = 0: all items.
 
     With rng = random.Random(seed), and train sampled before val (min(shots, 4) of each class),
@@ -444,223 +429,244 @@ def few_shot(items: list[Item], shots: int, rng: random.Random) -> list[Item]:
     by_label = collections.defaultdict(list)
     for item in items:
         by_label[item[1]].append(item)
-    chosen = []
-    for of_label in by_label.values():
-        chosen += rng.sample(of_label, shots) if len(of_label) >= shots else of_label
-    return chosen
+    chosen = (rng.sample(of, shots) if len(of) >= shots else of for of in by_label.values())
+    return list(itertools.chain(*chosen))
+
+
+def few_shot_source(dataset: Dataset, shots: int, seed: int, classes: str = "base") -> Dataset:
+    """`shots` training images a class, of the "base" or "all" classes; in CoOp's order: the shots
+    of all classes are drawn first, and then reduced to the base."""
+    source = replace(dataset, train=few_shot(dataset.train, shots, random.Random(seed)))
+    return base_novel(source)[0] if classes == "base" else source
 
 
 def base_novel(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """The first half of the classes (the larger, if odd) and the rest, each relabelled from 0.
-
-    CoOp's base shots are sampled from all classes: sample first, split then.
-    """
+    """The first half of the classes (the larger, if odd) and the rest, each relabelled from 0."""
     n = len(dataset.classnames)
     middle = math.ceil(n / 2)
     return _classes(dataset, 0, middle, "base"), _classes(dataset, middle, n, "novel")
 
 
 def _classes(dataset: Dataset, start: int, stop: int, name: str) -> Dataset:
-    parts = {
-        part: [(path, y - start) for path, y in getattr(dataset, part) if start <= y < stop]
-        for part in PARTS
-    }
-    notes = dataset.notes
-    if stop - start == 1:
-        notes += (f"one {name} class only, {dataset.classnames[start]!r}: always 100 %",)
-    return replace(
-        dataset, name=f"{dataset.name} {name}", classnames=dataset.classnames[start:stop],
-        notes=notes, **parts,
-    )
+    classnames, notes = dataset.classnames[start:stop], dataset.notes
+    if len(classnames) == 1:
+        notes += (f"one {name} class only, {classnames[0]!r}: always 100 %",)
+    parts = {part: [(path, y - start) for path, y in getattr(dataset, part) if start <= y < stop]
+             for part in PARTS}
+    name = f"{dataset.name} {name}"
+    return replace(dataset, name=name, classnames=classnames, notes=notes, **parts)
+
+
+def evaluation_targets(
+    dataset: Dataset, classes: list[str], others: Iterable[Dataset] = ()
+) -> dict[str, dict[str, Dataset]]:
+    """What prompts tuned on "base" or "all" `classes` are tested on, by name.
+
+    {"base": {"base": ..., "novel": ...}, "all": {dataset.name: dataset}}; `others` belong to the
+    last of the two. A data set whose name is taken goes by its folder.
+    """
+    targets: dict[str, dict[str, Dataset]] = {}
+    if "base" in classes:
+        targets["base"] = dict(zip(("base", "novel"), base_novel(dataset)))
+    if "all" in classes:
+        targets["all"], others = {}, [dataset, *others]
+    taken = {"base", "novel"}
+    for other in others:
+        name = other.root if other.name in taken else other.name
+        taken.add(name)
+        list(targets.values())[-1][name] = other
+    return targets
 
 
 # --------------------------------------------------------------------------------------------------
-# Images: transforms, shifts, reading
+# Images
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-TO_TENSOR = [T.ToTensor(), T.Normalize(MEAN, STD)]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 BICUBIC = T.InterpolationMode.BICUBIC
+AUGMENTS = ("field", "gentle", "none")
+Transform = Callable[[Image.Image], Tensor]
 
 
-def train_transform(size: int) -> Callable[[Image.Image], Tensor]:
-    """Random crop of 8 to 100 % of the area and random flip: RGB image -> (3, size, size)."""
-    crop = T.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=BICUBIC)
-    return T.Compose([crop, T.RandomHorizontalFlip(0.5), *TO_TENSOR])
+def train_transform(size: int, augment: str = "field", mean=MEAN, std=STD) -> Transform:
+    """RGB image -> (3, size, size), by one of AUGMENTS.
+
+    "field": random crop of 8 to 100 % of the area and random flip, as everywhere in the field;
+    "gentle": 60 to 100 % and no flip, for digits and letters; "none": as `test_transform`.
+    """
+    if augment not in AUGMENTS:
+        raise ValueError(f"augment is one of {', '.join(AUGMENTS)}, not {augment!r}")
+    if augment == "none":
+        return test_transform(size, mean, std)
+    smallest, flips = (0.08, 0.5) if augment == "field" else (0.6, 0.0)
+    crop = T.RandomResizedCrop(size, scale=(smallest, 1.0), interpolation=BICUBIC)
+    return T.Compose([crop, T.RandomHorizontalFlip(flips), T.ToTensor(), T.Normalize(mean, std)])
 
 
-def test_transform(size: int) -> Callable[[Image.Image], Tensor]:
+def test_transform(size: int, mean=MEAN, std=STD) -> Transform:
     """The smaller edge to `size`, the centre cut out: RGB image -> (3, size, size)."""
-    return T.Compose([T.Resize(size, interpolation=BICUBIC), T.CenterCrop(size), *TO_TENSOR])
-
-
-def noisy(image: Image.Image, sd: float = 0.2) -> Image.Image:
-    """Gaussian noise on each value, `sd` in units of the full scale, seeded by the pixels."""
-    generator = torch.Generator().manual_seed(zlib.crc32(image.tobytes()))
-    pixels = TF.pil_to_tensor(image)  # (3, H, W), 0 to 255
-    noise = 255 * sd * torch.randn(pixels.shape, generator=generator)
-    return TF.to_pil_image((pixels + noise).round().clamp(0, 255).byte())
-
-
-def rotated(image: Image.Image, degrees: float = 30) -> Image.Image:
-    """Counter-clockwise about the centre, black where nothing comes from."""
-    return image.rotate(degrees, resample=Image.Resampling.BICUBIC)
-
-
-SHIFTS = {"inverted": ImageOps.invert, "noisy": noisy, "rotated": rotated}
-
-
-def _split_shift(root: str | os.PathLike) -> tuple[Path, str | None]:
-    """"digits:noisy" -> (digits, "noisy"), unless there is a folder of that name."""
-    path, colon, shift = os.fspath(root).rpartition(":")
-    if os.path.exists(root) or not colon or shift not in SHIFTS:
-        return Path(root).expanduser(), None
-    return Path(path).expanduser(), shift
+    resize = T.Resize(size, interpolation=BICUBIC)
+    return T.Compose([resize, T.CenterCrop(size), T.ToTensor(), T.Normalize(mean, std)])
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; one line, even when it comes through a DataLoader worker."""
+    """An image that cannot be read; the message names the file."""
 
-    def __str__(self) -> str:
-        return super().__str__().strip().split("ImageError: ")[-1]  # workers add their traceback
+
+# Pillow refuses images of more than 179 million pixels, but only warns from 90 million on.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+MAX_ASPECT = 100  # longer to shorter edge: where the shorter becomes 224, so much the longer grows
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
     """The image, not yet decoded. Whatever fails in the `with` block becomes an ImageError."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=tuple(FORMATS)) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels")
             yield image
     except Exception as e:  # OSError, SyntaxError, DecompressionBombError, ...: as the format likes
-        raise ImageError(f"cannot read the image {path} ({e})") from None
+        raise ImageError(f"cannot read the image {path} ({_in_line(e)})") from None
 
 
 def open_image(path: str) -> Image.Image:
-    """The decoded image as RGB. Raises ImageError, which names the file."""
+    """The decoded image as RGB, turned as its EXIF says; of an animation, the first frame.
+
+    What is transparent is shown on white. Grey values of 16 or 32 bits span the smallest of the
+    ranges 0..255, 0..65535 and 0..2^31 (floats also 0..1) that holds them.
+    Raises ImageError for a file that is damaged, of no format in FORMATS, or absurdly large.
+    """
     with _opened(path) as image:
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip, not scale
-            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":
+            image = _eight_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 
-KEEP_BYTES = 2**30  # training images are kept in memory if together they need no more than this
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of mode I;16, I or F, which Pillow would clip at 255, as mode L."""
+    values = TF.pil_to_tensor(image.convert("F")).nan_to_num(0, posinf=0, neginf=0)  # (1, H, W)
+    largest = values.max().item()
+    ranges = (1, 255, 65535, 2**31) if image.mode == "F" else (255, 65535, 2**31)
+    full = next((limit for limit in ranges if largest <= limit), largest)
+    return TF.to_pil_image((values * (255 / full)).round().clamp(0, 255).byte())
 
 
-class Images(torch.utils.data.Dataset):
-    """Items as pairs (transformed image, label), for evaluation or, with a seed, for training.
+def check_images(paths: Iterable[str], decode: bool = False) -> Iterator[str]:
+    """Looks at images before a run depends on them; yields each path that is found to be good.
 
-    An index gives an item. In training a draw is a pair (epoch, index), and the augmentation
-    depends on (seed, epoch, index) alone: neither the number of workers nor the batch, the
-    process or an interruption changes a picture.
+    At the headers only or, with `decode`, at the whole images. Raises ImageError at a bad one.
     """
-
-    def __init__(
-        self,
-        items: list[Item],
-        transform: Callable[[Image.Image], Tensor],
-        shift: Callable[[Image.Image], Image.Image] | None = None,
-        seed: int | None = None,
-    ):
-        self.items, self.transform, self.shift, self.seed = items, transform, shift, seed
-        self.kept = self._decode_all() if seed is not None and self._fit() else None
-
-    def _fit(self) -> bool:
-        """Whether the decoded images fit KEEP_BYTES; looks at file headers until they do not."""
-        total = 0
-        for path, _ in self.items:
-            with _opened(path) as image:
-                total += 4 * image.width * image.height  # Pillow holds RGB in 4 bytes a pixel
-            if total > KEEP_BYTES:
-                return False
-        return True
-
-    def _decode_all(self) -> list[Image.Image]:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders free the GIL
-            return list(pool.map(open_image, [path for path, _ in self.items]))
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, draw: int | tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = (None, draw) if isinstance(draw, int) else draw
-        path, label = self.items[index]
-        image = self.kept[index] if self.kept else open_image(path)
-        if self.shift:
-            image = self.shift(image)
-        if epoch is None:
-            return self.transform(image), label
-        with torch.random.fork_rng(devices=[]):  # leaves the process's own generator alone
-            torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
-            return self.transform(image), label
-
-
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers, the same on every machine."""
-    return random.Random(repr(numbers)).getrandbits(63)
+    for path in paths:
+        if decode:
+            open_image(path)
+        else:
+            with _opened(path):
+                pass
+        yield path
 
 
 # --------------------------------------------------------------------------------------------------
 # Batches
 
 
+class Images(torch.utils.data.Dataset):
+    """Items as pairs (transformed image, label); an index is a pair (epoch, number of the item).
+
+    With a seed, what the transform draws from torch's generator depends on (seed, epoch, number)
+    alone: neither the number of workers nor the batch, the process or an interruption changes it.
+    """
+
+    def __init__(self, items: Items, transform: Transform, seed: int | None = None):
+        self.items, self.transform, self.seed = items, transform, seed
+
+    def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
+        path, label = self.items[index[1]]
+        if self.seed is None:
+            return self.transform(open_image(path)), label
+        with torch.random.fork_rng(devices=[]):  # leaves the process's own generator alone
+            torch.default_generator.manual_seed(_seed_of(self.seed, *index))
+            return self.transform(open_image(path)), label
+
+    def __getitems__(self, indices: list[tuple[int, int]]) -> list[Tensor] | ImageError:
+        """A batch, for DataLoader. It would wrap a worker's error in the text of a traceback, so
+        an ImageError is handed on as a value, which ImageLoader raises."""
+        try:
+            return default_collate([self[index] for index in indices])
+        except ImageError as error:
+            return error
+
+
+def _seed_of(*numbers: int) -> int:
+    """One seed from several numbers, the same on every machine."""
+    return random.Random(repr(numbers)).getrandbits(63)
+
+
 class EpochBatches(Sampler):
-    """Batches of draws (epoch, index), epoch after epoch: each epoch is a permutation.
+    """The batches of an epoch, a permutation, as lists of (epoch, number of an item).
 
     The last incomplete batch is dropped if there is a full one. Of `world` processes each gets
     its contiguous share of every batch; together they see what one process sees alone.
     """
 
-    def __init__(
-        self, n: int, batch_size: int, seed: int, epochs: Iterable[int], rank: int = 0,
-        world: int = 1,
-    ):
-        if min(n, batch_size) < world:
-            raise ValueError(
-                f"{n} images in batches of {batch_size} are too few for {world} processes"
-            )
-        self.n, self.batch_size, self.seed, self.epochs = n, batch_size, seed, list(epochs)
-        self.rank, self.world = rank, world
-        self.steps = max(1, n // batch_size)  # per epoch
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        self.n, self.batch_size, self.seed, self.epoch = n, min(n, batch_size), seed, 0
+        share, rest = divmod(self.batch_size, world)
+        if rest or not share:
+            raise ValueError(f"batches of {self.batch_size} images cannot be shared by {world} "
+                             "processes: the batch size must be a multiple of their number")
+        self.own = slice(rank * share, (rank + 1) * share)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.steps * len(self.epochs)
+        return self.n // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in self.epochs:
-            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-            order = torch.randperm(self.n, generator=generator)
-            for batch in order.split(self.batch_size)[: self.steps]:
-                share = batch.tensor_split(self.world)[self.rank]
-                yield [(epoch, index) for index in share.tolist()]
+        generator = torch.Generator().manual_seed(_seed_of(self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator)
+        for batch in order.split(self.batch_size)[: len(self)]:
+            yield [(self.epoch, i) for i in batch[self.own].tolist()]
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader that raises ImageError as it is, and whose workers live on between epochs."""
+
+    def __init__(self, images: Images, batches: Sampler, workers: int):
+        workers = min(workers, len(batches))  # each of them computes with one thread
+        super().__init__(
+            images, batch_sampler=batches, collate_fn=default_convert, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or it would draw from the process's own
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in super().__iter__():
+            if isinstance(batch, ImageError):
+                raise batch
+            yield batch
 
 
 def train_loader(
-    items: list[Item], size: int, batch_size: int, seed: int, epochs: Iterable[int],
-    workers: int = 0, rank: int = 0, world: int = 1, augment: bool = True,
+    items: Items, transform: Transform, batch_size: int, seed: int, workers: int = 0,
+    rank: int = 0, world: int = 1,
 ) -> DataLoader:
-    """All batches of all `epochs`, (B, 3, size, size) and (B,), from one start of the workers.
+    """An epoch of shuffled batches (B, 3, H, W), (B,), each time that it is iterated.
 
-    `loader.batch_sampler.steps` is the number of batches of an epoch.
+    Call `loader.batch_sampler.set_epoch(epoch)` before. Raises ValueError if a batch (all items
+    where they are fewer) cannot be shared equally by `world` processes.
     """
-    transform = train_transform(size) if augment else test_transform(size)
-    images = Images(items, transform, seed=seed)
-    batches = EpochBatches(len(items), batch_size, seed, epochs, rank, world)
-    return _loader(images, min(workers, len(batches)), batch_sampler=batches)
+    batches = EpochBatches(len(items), batch_size, seed, rank, world)
+    return ImageLoader(Images(items, transform, seed), batches, workers)
 
 
 def test_loader(
-    items: list[Item], size: int, batch_size: int, workers: int = 0,
-    shift: Callable[[Image.Image], Image.Image] | None = None,
+    items: Items, transform: Transform, batch_size: int, workers: int = 0
 ) -> DataLoader:
-    """The items in order, in batches of (B, 3, size, size) and (B,)."""
-    images = Images(items, test_transform(size), shift)
-    return _loader(images, min(workers, math.ceil(len(items) / batch_size)), batch_size=batch_size)
-
-
-def _loader(images: Images, workers: int, **batching) -> DataLoader:
-    return DataLoader(
-        images,
-        num_workers=workers,  # each of them computes with one thread
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or the loader would draw from the process's generator
-        **batching,
-    )
+    """The items in order, in batches (B, 3, H, W), (B,), of which the last may be smaller."""
+    batches = BatchSampler([(0, i) for i in range(len(items))], batch_size, drop_last=False)
+    return ImageLoader(Images(items, transform), batches, workers)

@@ -1,10 +1,11 @@
-"""What a run shows and keeps: description, log, progress line, tables, picture, metrics."""
+"""What a run shows: description, progress line, tables, pictures. Knows nothing of the method."""
 
+import argparse
 import collections
 import contextlib
+import dataclasses
 import itertools
-import json
-import platform
+import os
 import statistics
 import sys
 import time
@@ -12,90 +13,89 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torchvision
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def describe(args, dataset, targets: dict, clip, prompts, processes: int) -> Iterator[str]:
-    """What the run is made of, in a few lines. targets: as for `tables`."""
-    counts = [len(items) for items in (dataset.train, dataset.val, dataset.test)]
-    yield (f"data    {dataset.name} ({args.data}): {len(dataset.classnames)} classes, "
-           f"{counts[0]} train, {counts[1]} val, {counts[2]} test images")
-    every = dict(itertools.chain(*(group.items() for group in targets.values())))
-    for name, target in every.items():
-        names = ", ".join(target.classnames[:9]) + (", ..." if len(target.classnames) > 9 else "")
-        yield f"target  {name}: {len(target.test)} images; {len(target.classnames)} classes {names}"
-    frozen, learned = (sum(p.numel() for p in m.parameters()) for m in (clip, prompts))
-    size = clip.image_resolution
-    yield (f"model   {args.model}: {size} x {size} pixels, {frozen / 1e6:.1f} M frozen parameters, "
-           f"{learned:,} learned in the prompts")
-    several = f", {processes} processes" if processes > 1 else ""
-    yield f"device  {args.device}, {args.precision}{several}"
-    for note in dict.fromkeys(note for d in (dataset, *every.values()) for note in d.notes):
-        yield f"note    {note}"
-    per_class = collections.Counter(label for _, label in dataset.train)
-    few = [label for label, count in per_class.items() if count < max(args.shots)]
-    if few and not args.load:
-        yield (f"note    classes with fewer than {max(args.shots)} training images: {len(few)}, "
-               f"e.g. {dataset.classnames[few[0]]} with {per_class[few[0]]}; all of them are used")
-
-
-class Log:
-    """Prints lines and appends them to a file, if it is given. `quiet`: does neither."""
-
-    def __init__(self, file: Path | None = None, quiet: bool = False):
-        self.file, self.quiet = file, quiet
-
-    def __call__(self, text: str = "") -> None:
-        if self.quiet:
-            return
-        print(text, flush=True)
-        if self.file:
-            with open(self.file, "a", encoding="utf-8") as f:
-                f.write(text + "\n")
-
-
-class Progress:
-    """One line that is rewritten on a terminal; elsewhere a line for every tenth of the way."""
-
-    def __init__(self, log: Log, total: int, images: int):
-        self.log, self.total, self.images = log, total, images
-        self.start, self.done, self.waited, self.printed = time.time(), 0, 0.0, 0.0
-        self.terminal = sys.stdout.isatty() and not getattr(log, "quiet", False)
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """Around what a step has to wait for: reading images."""
-        before = time.time()
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input ends the program with one line on stderr and exit status 2, Ctrl-C with 130."""
+    try:
         yield
-        self.waited += time.time() - before
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
 
-    def step(self) -> None:
-        """One more step is done."""
-        self.done += 1
 
-    def show(self, title: str, means: dict[str, float]) -> None:
-        """means: "loss", "ce", "ot", "off_diagonal" of this epoch so far."""
-        seconds = time.time() - self.start
-        left = seconds / self.done * (self.total - self.done)
-        self.line = (
-            f"{title}  loss {means['loss']:.3f}  CE {means['ce']:.3f}  OT {means['ot']:.4f}  "
-            f"off-diagonal {means['off_diagonal']:.1%}  "
-            f"{self.images * self.done / seconds:.0f} images/s "
-            f"({self.waited / seconds:.0%} of the time reading)  {duration(left)} left"
-        )
-        if self.terminal:
-            print(f"\r{self.line}\033[K", end="", flush=True)
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the flags, without their list."""
 
-    def end_of_epoch(self) -> None:
-        """Keeps the line if it is the last, or nobody sees it being rewritten."""
-        share = self.done / self.total
-        if share >= 1 or (not self.terminal and share >= self.printed + 0.1):
-            if self.terminal:
-                print("\r\033[K", end="")
-            self.log(self.line)
-            self.printed = share
+    def error(self, message: str):
+        """Raises ValueError."""
+        raise ValueError(f"{message} (--help shows all flags)")
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The flags; ValueError for such as do not go together."""
+        args = super().parse_args(argv)
+        if args.predict and not args.load:
+            self.error("--predict needs --load FILE, the prompts that a run has saved")
+        return args
+
+    def add_run_flags(self) -> None:
+        """Flags of every run: what it leaves, saved prompts, the machine."""
+        add = self.add_argument
+        add("--output", metavar="DIR", help="for prompts, metrics, log, pictures (runs/...)")
+        add("--resume", action="store_true", help="go on with an interrupted run in --output")
+        add("--load", metavar="FILE", type=full_path, help="evaluate these saved prompts")
+        add("--predict", metavar="IMAGE", nargs="+", help="top classes, by prompts of --load")
+        add("--names", metavar="NAME", nargs="+", help="classes for --predict (those tuned on)")
+        add("--device", default="auto", help="cpu, cuda, ... (a GPU if there is one)")
+        add("--workers", type=int, default=0, help="processes that read images, beside the first")
+
+    def add_settings(self, settings: type, several: tuple[str, ...]) -> None:
+        """A flag for each field of a dataclass; those in `several` take more than one value.
+
+        Metadata of a field: help; within: choices of a str, bounds of a number.
+        """
+        for f in dataclasses.fields(settings):
+            many, is_choice = f.name in several, f.type is str
+            self.add_argument(
+                "--" + f.name.replace("_", "-"), type=f.type, nargs="+" if many else None,
+                default=[f.default] if many else f.default,
+                choices=f.metadata["within"] if is_choice else None,
+                metavar=None if is_choice else f.type.__name__.upper(),
+                help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"),
+            )
+
+
+def full_path(path: str) -> str:
+    """A flag's value as an absolute path, with ~ expanded."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+class Line:
+    """A line that is rewritten on a terminal; elsewhere one is printed every half minute."""
+
+    def __init__(self, log):
+        self.log, self.text, self.printed = log, "", time.time()
+
+    def show(self, text: str) -> None:
+        """Shows the text in place of the last."""
+        self.text = text
+        if sys.stdout.isatty():
+            print(f"\r{text}\033[K", end="", flush=True)
+        elif time.time() > self.printed + 30:
+            self.keep()
+
+    def keep(self) -> None:
+        """The line stays, in the log, too."""
+        if sys.stdout.isatty():
+            print("\r\033[K", end="")
+        self.log(self.text)
+        self.printed = time.time()
 
 
 def duration(seconds: float) -> str:
@@ -103,6 +103,36 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def print_predictions(paths: list[str], shares: list[Tensor], classnames: list[str]) -> None:
+    """The five likeliest classes of each image, with their probabilities."""
+    for path, share in zip(paths, shares):
+        top = share.argsort(descending=True)[:5].tolist()
+        print(path, *(f"  {share[i]:6.1%}  {classnames[i]}" for i in top), sep="\n")
+
+
+def describe(dataset, targets: dict, shots: int, model: nn.Module) -> str:
+    """What a run is made of, in a few lines. targets: as for `tables`; shots: wanted per class."""
+    counts = [len(items) for items in (dataset.train, dataset.val, dataset.test)]
+    lines = [f"data    {dataset.name}: {len(dataset.classnames)} classes, "
+             f"{counts[0]} train, {counts[1]} val, {counts[2]} test images"]
+    every = dict(itertools.chain(*(group.items() for group in targets.values())))
+    for name, target in every.items():
+        names = ", ".join(target.classnames[:9]) + (", ..." if len(target.classnames) > 9 else "")
+        lines.append(f"target  {name}: {len(target.test)} images; "
+                     f"{len(target.classnames)} classes {names}")
+    parameters = list(model.parameters())
+    learned, frozen = (sum(p.numel() for p in parameters if p.requires_grad == learned)
+                       for learned in (True, False))
+    lines.append(f"model   {frozen / 1e6:.1f} M frozen numbers, {learned:,} learned, "
+                 f"on {parameters[0].device}")
+    notes = dict.fromkeys(note for d in (dataset, *every.values()) for note in d.notes)
+    per_class = collections.Counter(label for _, label in dataset.train)
+    if few := [label for label, count in per_class.items() if count < shots]:
+        notes[f"{len(few)} classes have fewer than {shots} training images, e.g. "
+              f"{dataset.classnames[few[0]]} {per_class[few[0]]}; all of them are used"] = None
+    return "\n".join([*lines, *(f"note    {note}" for note in notes)]) + "\n"
 
 
 def harmonic_mean(accuracies: list[float]) -> float:
@@ -138,7 +168,7 @@ def tables(classnames: list[str], targets: dict[str, dict]) -> list[dict]:
 
 
 def results(metrics: dict) -> str:
-    """The tables of `metrics.json` as Markdown, which reads well in a terminal, too."""
+    """The tables of `metrics.json` as Markdown."""
     return "\n\n".join(_result_table(table, metrics) for table in metrics["tables"])
 
 
@@ -151,11 +181,11 @@ def _result_table(table: dict, metrics: dict) -> str:
     methods = {'zero-shot, "a photo of a {}."': [metrics["zero_shot"]]}
     if metrics["zero_shot_template"] != metrics["zero_shot"]:
         methods["zero-shot, the data set's template"] = [metrics["zero_shot_template"]]
-    runs = [run for run in metrics["runs"] if run["classes"] == table["classes"]]
-    many_shots = len({run["shots"] for run in runs}) > 1
+    runs = [run for run in metrics["runs"] if run["recipe"]["classes"] == table["classes"]]
+    many_shots = len({run["recipe"]["shots"] for run in runs}) > 1
     for run in runs:
-        shots = f", {run['shots'] or 'all'} shots" if many_shots else ""
-        methods.setdefault(f"tuned, {run['reg']}{shots}", []).append(run["accuracy"])
+        shots = f", {run['recipe']['shots'] or 'all'} shots" if many_shots else ""
+        methods.setdefault(f"tuned, {run['recipe']['reg']}{shots}", []).append(run["accuracy"])
 
     base_to_novel = table["targets"] == ["base", "novel"]
     rows = [[table["title"], *methods]]
@@ -209,73 +239,3 @@ def plan_picture(cost: Tensor, plan: Tensor, labels: list[int], path: Path) -> N
                 draw.line([(left, margin + at), (left + size, margin + at)], fill=line_shade)
         draw.rectangle([left, margin, left + size, margin + size], outline=0)
     picture.save(path)
-
-
-# --------------------------------------------------------------------------------------------------
-# The output folder
-
-
-def free_folder(data: str, resume: bool) -> str:
-    """runs/NAME, NAME-2, ...: the first that is free or, to resume, the last that there is."""
-    base = Path("runs") / Path(data).resolve().name.replace(":", "-")
-    names = (base if i == 1 else base.with_name(f"{base.name}-{i}") for i in itertools.count(1))
-    taken = []
-    for folder in names:
-        if not folder.exists():
-            return str(taken[-1] if resume and taken else folder)
-        taken.append(folder)
-
-
-def open_metrics(folder: Path, settings: dict, resume: bool) -> dict:
-    """The content of metrics.json: new, or with `resume` what is there. Makes the folder.
-
-    settings, versions: name -> value. zero_shot, zero_shot_template: target -> accuracy in %, of
-    "a photo of a {}." and the data set's own template. runs: for each training its classes, reg,
-    shots, seed, seconds, history (means of each epoch), accuracy (target -> %). tables: title,
-    classes, source and targets (names of the rows) of each table in results.md.
-    ValueError if there is a run already and `resume` is not given, or its settings are others.
-    """
-    file = folder / "metrics.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*/state.pt"):  # of a run whose settings are not known any more
-            stale.unlink(missing_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__,
-                    "torchvision": torchvision.__version__}
-        return {"settings": settings, "versions": versions,
-                "zero_shot": {}, "zero_shot_template": {}, "runs": [], "tables": []}
-    if not resume:
-        raise ValueError(f"{folder} holds a run: --resume goes on with it, --output names another")
-    try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        before = dict(metrics["settings"])
-        for key in ("zero_shot", "zero_shot_template", "runs", "tables"):
-            metrics[key]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged; name another --output") from None
-    settings = json.loads(json.dumps(settings))  # as they come back from the file
-    changed = [
-        f"{name} was {before.get(name)}, is {value}"
-        for name, value in settings.items() if before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
-    return metrics
-
-
-def save_metrics(folder: Path, metrics: dict) -> None:
-    """metrics.json and results.md, each replaced in one go."""
-    texts = {"metrics.json": json.dumps(metrics, indent=1), "results.md": results(metrics) + "\n"}
-    for name, text in texts.items():
-        replace_file(folder / name, text.encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes to a temporary file, then renames: whoever is killed leaves the old file whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as e:  # the system's message does not name the file if the disk is full
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({e.strerror})") from None

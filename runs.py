@@ -1,0 +1,355 @@
+"""A run: its folder with log, metrics, saved prompts and training states; its processes and device.
+
+Knows nothing of the method: what it keeps are named numbers and tensors.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import platform
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+
+from report import Line, describe, duration, plan_picture, results, tables
+
+# ---- The folder of a run -------------------------------------------------------------------------
+
+
+class Run:
+    """A folder with log.txt, metrics.json, results.md, and a sub-folder for each tuning.
+
+    folder: new or empty; with `resume` that of a run with the same settings. writes: false for all
+    processes but the first, which neither write nor print.
+    Raises ValueError if the folder holds something else.
+
+    metrics.json: settings, versions: name -> value. zero_shot, zero_shot_template: target ->
+    accuracy in %, of "a photo of a {}." and of the data set's own template. runs: name, recipe,
+    history (means of each epoch) and accuracy (target -> %) of each tuning. tables: title, classes,
+    source and targets (names of the rows) of each table in results.md.
+    """
+
+    def __init__(self, folder: str, settings: dict, resume: bool = False, writes: bool = True):
+        self.folder, self.writes = Path(folder), writes
+        settings = json.loads(json.dumps(settings))  # as they come back from the file
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "torchvision": torchvision.__version__}
+        self.metrics = {"settings": settings, "versions": versions, "zero_shot": {},
+                        "zero_shot_template": {}, "runs": [], "tables": []}
+        file = self.folder / "metrics.json"
+        if resume and file.exists():
+            self.metrics = read_metrics(file, settings)
+        elif writes and self.folder.exists() and any(self.folder.iterdir()):
+            advice = "--resume goes on with it" if file.exists() else "what is in it is no run"
+            raise ValueError(f"{folder} is not empty: {advice}, --output names another")
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.save()
+
+    def log(self, text: str) -> None:
+        """Prints lines and appends them to log.txt."""
+        if self.writes:
+            print(text, flush=True)
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+                f.write(text + "\n")
+
+    def save(self) -> None:
+        """Writes metrics.json."""
+        if self.writes:
+            text = json.dumps(self.metrics, indent=1)
+            replace_file(self.folder / "metrics.json", text.encode())
+
+    def introduce(self, dataset, targets: dict, shots: int, model: nn.Module) -> None:
+        """Says what the run is made of; arguments as for `describe` and `tables`."""
+        planned = self.metrics["tables"]
+        planned += [t for t in tables(dataset.classnames, targets) if t not in planned]
+        self.log(describe(dataset, targets, shots, model))
+
+    def add_zero_shot(self, target: str, plain: float, own: float, template: str) -> None:
+        """Accuracy in % of the frozen model, with "a photo of a {}." and with the own template."""
+        self.metrics["zero_shot"][target] = plain
+        self.metrics["zero_shot_template"][target] = own
+        also = f', with "{template}" {own:.2f} %' if own != plain else ""
+        self.log(f"zero-shot {target} {plain:.2f} %{also}")
+        self.save()
+
+    def is_done(self, name: str) -> bool:
+        """Whether the tuning of that name was finished before; prints its title."""
+        done = any(run["name"] == name for run in self.metrics["runs"])
+        self.log(f"\n{name}" + (": finished before" if done else ""))
+        return done
+
+    def record(self, name: str) -> "Record":
+        """What shows and keeps the progress of a tuning."""
+        if self.writes:
+            (self.folder / name).mkdir(exist_ok=True)
+        return Record(self.folder / name / "state.pt", self.log, self.writes)
+
+    def keep(self, recipe, prompts: nn.Module, classnames: list[str], plan: tuple) -> None:
+        """Saves tuned prompts with what it takes to use them, and a picture of a plan."""
+        if self.writes:
+            content = {name: p.detach().cpu() for name, p in prompts.named_parameters()}
+            content |= {"recipe": dataclasses.asdict(recipe), "classnames": classnames}
+            origin = ("data", "model", "fingerprint")
+            content |= {key: self.metrics["settings"][key] for key in origin}
+            save_tensors(content, self.folder / recipe.name / "prompts.pt")
+            plan_picture(*plan, self.folder / recipe.name / "plan.png")
+
+    def finish(self, recipe, history: list, accuracy: dict[str, float]) -> None:
+        """A tuning is complete, and nothing of it is left to resume."""
+        for target, percent in accuracy.items():
+            self.log(f"{target} {percent:.2f} %")
+        self.metrics["runs"].append({"name": recipe.name, "recipe": dataclasses.asdict(recipe),
+                                     "history": history, "accuracy": accuracy})
+        self.save()
+        if self.writes:
+            replace_file(self.folder / "results.md", results(self.metrics).encode())
+            (self.folder / recipe.name / "state.pt").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Prints the tables."""
+        self.log(f"\n{results(self.metrics)}\n\nprompts, metrics, log, pictures: {self.folder}")
+
+
+def read_metrics(file: Path, settings: dict) -> dict:
+    """The content of a run's metrics.json; ValueError if it is damaged or of other settings."""
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        before = dict(metrics["settings"])
+        for key in ("zero_shot", "zero_shot_template", "runs", "tables"):
+            metrics[key]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged; name another --output") from None
+    changed = [f"{name} was {before.get(name)}, is {value}"
+               for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(f"cannot resume {file.parent} with other settings: {'; '.join(changed)}")
+    return metrics
+
+
+def free_folder(data: str, resume: bool) -> str:
+    """runs/NAME, NAME-2, ...: the first that is free or, to resume, the last that there is."""
+    base = Path("runs") / Path(data).name
+    names = (base.with_name(f"{base.name}-{i}" if i > 1 else base.name) for i in itertools.count(1))
+    taken = []
+    for folder in names:
+        if not folder.exists():
+            return str(taken[-1] if resume and taken else folder)
+        taken.append(folder)
+
+
+# ---- The progress of a tuning --------------------------------------------------------------------
+
+
+class Record:
+    """Shows the progress of a tuning, and keeps its state and the means of each epoch.
+
+    file: for the state; without one nothing is kept. log: prints a line.
+    """
+
+    def __init__(self, file: Path | None = None, log: Callable = print, writes: bool = True):
+        self.file, self.log, self.writes = file, log, writes
+        self.history: list[dict[str, float]] = []
+        self.parts: list[dict[str, Tensor]] = []  # of each step of this epoch
+
+    def begin(self, epochs: int, steps: int, images: int, prompts: nn.Module, optimizer) -> int:
+        """Restores the state if there is one; returns the number of epochs done before.
+
+        epochs: of the tuning, steps: of an epoch, images: of a step.
+        """
+        self.epochs, self.steps, self.images = epochs, steps, images
+        self.state = {"prompts": prompts, "optimizer": optimizer}
+        if self.file and self.file.exists():
+            kinds = {"prompts": dict, "optimizer": dict, "history": list}
+            saved = load_tensors(self.file, kinds)
+            for name, holder in self.state.items():
+                restore(holder, saved[name], self.file)
+            self.history = saved["history"]
+        self.start, self.before = time.time(), len(self.history)
+        self.line = Line(self.log)
+        return self.before
+
+    def step(self, parts: dict[str, Tensor]) -> None:
+        """parts: the loss and what it is made of; its numbers (not tensors) are kept."""
+        numbers = {k: x for k, x in parts.items() if isinstance(x, Tensor) and x.ndim == 0}
+        self.parts.append(numbers)
+        if len(self.parts) % 10 == 0:  # to read numbers in every step would stall a GPU
+            self.show()
+
+    def show(self) -> dict[str, float]:
+        """Shows how far the tuning is, with the means of this epoch, which are returned."""
+        epoch, done = len(self.history), len(self.parts)
+        numbers = torch.stack([torch.stack(list(parts.values())) for parts in self.parts]).cpu()
+        if not numbers.isfinite().all():
+            step = int(numbers.isfinite().all(dim=1).logical_not().nonzero()[0]) + 1
+            where = f"epoch {epoch + 1}, step {step}"
+            raise ValueError(f"the loss is not finite in {where}; lower --lr?")
+        means = dict(zip(self.parts[0], numbers.mean(dim=0).tolist()))
+        done += self.steps * (epoch - self.before)
+        seconds = time.time() - self.start
+        left = seconds / done * (self.steps * (self.epochs - self.before) - done)
+        columns = [f"{name.replace('_', '-')} {mean:.4f}" for name, mean in means.items()]
+        rate = f"{self.images * done / seconds:.0f} img/s"
+        self.line.show(" ".join([f"{epoch + 1}/{self.epochs}", *columns, rate, duration(left)]))
+        return means
+
+    def end_of_epoch(self) -> None:
+        """Keeps the means and the state."""
+        self.history.append(self.show())
+        self.parts = []
+        if len(self.history) == self.epochs:
+            self.line.keep()
+        if self.file and self.writes:
+            state = {name: holder.state_dict() for name, holder in self.state.items()}
+            save_tensors(state | {"history": self.history}, self.file)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def save_tensors(content: dict, path: Path) -> None:
+    """torch.save in one go."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    replace_file(path, buffer.getvalue())
+
+
+def load_tensors(path: str | os.PathLike, kinds: dict[str, type]) -> dict:
+    """What `save_tensors` wrote; no code in the file is run. kinds: what it must have, by name.
+
+    Raises ValueError if the file is damaged, or of another kind.
+    """
+    content = io.BytesIO(Path(path).read_bytes())
+    try:
+        if damaged := zipfile.ZipFile(content).testzip():  # torch.load compares no checksums
+            raise ValueError(f"wrong checksum of {damaged}")
+        content.seek(0)
+        saved = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as e:  # zip, pickle and torch each have their own words for damage
+        raise ValueError(f"{path} is damaged, or no file that this program saved") from e
+    for name, kind in kinds.items():
+        if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
+            raise ValueError(f"{path} is another kind of file: it has no {name}")
+    return saved
+
+
+def read_prompts(path: str | os.PathLike, fingerprint: str | None = None) -> dict:
+    """The content of a prompts.pt; ValueError if it is of weights with another fingerprint."""
+    saved = load_tensors(path, {"text": Tensor, "vision": Tensor, "recipe": dict, "data": str,
+                                "classnames": list, "model": str, "fingerprint": str})
+    if fingerprint not in (None, saved["fingerprint"]):
+        raise ValueError(f"the prompts in {path} were tuned for other weights: {saved['model']}")
+    return saved
+
+
+def restore(holder, state: dict, path: str | os.PathLike) -> None:
+    """Loads a state from a file into a module or an optimizer; ValueError if it does not fit."""
+    try:
+        holder.load_state_dict(state)
+        tensors = [value for value in state.values() if isinstance(value, Tensor)]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError("not all of its numbers are finite")
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as e:
+        raise ValueError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes to a temporary file, then renames: whoever is killed leaves the old file whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as e:  # the system's message does not name the file if the disk is full
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({e.strerror})") from None
+
+
+# ---- Device and processes ------------------------------------------------------------------------
+
+
+def usable_device(name: str) -> str:
+    """A device; "auto" is a GPU if there is one. ValueError if it cannot be used here."""
+    if name == "auto":
+        rank = os.environ.get("LOCAL_RANK", "0")
+        name = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
+    return name
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun has started, if it has, and leaves them in the end."""
+    if "LOCAL_RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Of this process, 0 to P - 1; the first is the one that prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """P, the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_process(function: Callable, *args):
+    """function(*args), which the first process alone computes, on all of them."""
+    values = [function(*args) if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+class Gather(torch.autograd.Function):
+    """Rows of all processes, in order of rank: (B / P, ...) -> (B, ...)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        """Everyone's rows, on every process."""
+        rows = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        """What the losses of all processes together say of one's own rows."""
+        return add_up(gradient.clone()).chunk(world_size())[rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of all processes, with gradients."""
+    return Gather.apply(x) if world_size() > 1 else x
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Over processes; each has the gradient of the whole loss, or P times that of its share."""
+    if world_size() > 1:
+        for parameter in module.parameters():
+            parameter.grad = add_up(parameter.grad) / world_size()
