@@ -278,6 +278,7 @@ class CLIP(nn.Module):
                 raise ValueError(f"width {width} is no multiple of the head width {of_head}")
         self.image_resolution, self.context_length = image_resolution, context_length
         self.activation, self.head_width, self.mean, self.std = activation, head_width, mean, std
+        self.notes: tuple[str, ...] = ()  # what `load` had to guess
         self.visual = VisionTransformer(
             image_resolution, patch_size, vision_width, embed_dim,
             Transformer(vision_width, vision_layers, vision_width // head_width,
@@ -374,7 +375,10 @@ class CLIP(nn.Module):
 
 
 def _count_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
+    blocks = {k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)}
+    if len(blocks) > 100:  # of a hostile file, which could have very many small ones
+        raise ValueError(f"{len(blocks)} blocks are more than any CLIP has")
+    return len(blocks)
 
 
 def load(

@@ -21,7 +21,6 @@ import functools
 import itertools
 import math
 import os
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,15 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import report
+import runs
 from clip_model import CLIP, available_models, fingerprint, load, pack, tokenize
 from data import (
     AUGMENTS, TEMPLATE, Dataset, Items, download, evaluation_targets, few_shot_source, load_dataset,
-    test_loader, test_transform, train_loader, train_transform,
-)
-from report import Parser, full_path, one_line_errors, print_predictions
-from runs import (
-    Record, Run, add_up, average_gradients, first_process, free_folder, gather, processes, rank,
-    read_prompts, restore, usable_device, world_size,
+    open_image, test_loader, test_transform, train_loader, train_transform,
 )
 
 # ---- Recipe: all that a tuning depends on, but for data and weights ------------------------------
@@ -180,10 +176,8 @@ def ot_loss(
     to 1e-3 too high, which may be many times the exact value.
     """
     cost = transport_cost(image, text, image0, text0, modality)
-    if pointwise:
-        plan = torch.eye(len(image), device=cost.device).expand_as(cost) / len(image)
-    else:
-        plan = sinkhorn(cost, epsilon=epsilon)
+    identity = torch.eye(len(image), device=cost.device).expand_as(cost) / len(image)
+    plan = identity if pointwise else sinkhorn(cost, epsilon=epsilon)
     return (plan * cost).sum(), plan
 
 
@@ -220,8 +214,8 @@ class PromptOT(nn.Module):
         self.prompts = PromptLearner(clip, recipe.n_ctx, recipe.depth)
         device = clip.logit_scale.device.type
         native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.half = recipe.precision == "bf16" or (recipe.precision == "auto" and native)
-        self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=self.half)
+        half = recipe.precision == "bf16" or (recipe.precision == "auto" and native)
+        self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=half)
         self.set_classes(classnames)
 
     def set_classes(self, classnames: list[str]) -> "PromptOT":
@@ -261,14 +255,14 @@ class PromptOT(nn.Module):
         the share of the mass that does not go from an image to itself; "plan", of "none" None.
         Of several processes each brings its share of the images; the loss is that of all.
         """
-        image, labels = gather(self.image_features(images)), gather(labels)  # (B, D), (B,)
+        image, labels = runs.gather(self.image_features(images)), runs.gather(labels)
         text = self.text_features()  # (C, D)
         logits = self.clip.logit_scale.exp() * image @ text.T  # (B, C)
         ce = F.cross_entropy(logits, labels)
         if recipe.reg == "none":
             zero = torch.zeros_like(ce)
             return ce, {"ce": ce.detach(), "ot": zero, "off_diagonal": zero, "plan": None}
-        image0, text0 = gather(self.image_features(images, tuned=False)), self.text0
+        image0, text0 = runs.gather(self.image_features(images, tuned=False)), self.text0
         ot, plan = ot_loss(
             image, text[labels], image0, text0[labels],
             recipe.epsilon, recipe.modality, pointwise=recipe.reg == "pointwise",
@@ -300,9 +294,9 @@ def train(
     a `runs.Record`, which shows and keeps the progress; if it holds an interrupted tuning, that is
     continued to the very same prompts (on the CPU). ValueError if the loss stops being finite.
     """
-    record, clip, device = record or Record(), model.clip, model.text0.device
+    record, clip, device = record or runs.Record(), model.clip, model.text0.device
     transform = train_transform(clip.image_resolution, recipe.augment, clip.mean, clip.std)
-    share = {"rank": rank(), "world": world_size()}
+    share = {"rank": runs.rank(), "world": runs.world_size()}
     loader = train_loader(items, transform, recipe.batch_size, recipe.seed, workers, **share)
     sgd = torch.optim.SGD(model.prompts.parameters(), recipe.lr, momentum=0.9, weight_decay=5e-4)
     epochs = recipe.stop_epoch or recipe.epochs
@@ -314,7 +308,7 @@ def train(
             loss, parts = model.loss(images.to(device), labels.to(device), recipe)
             sgd.zero_grad()
             loss.backward()
-            average_gradients(model.prompts)
+            runs.average_gradients(model.prompts)
             sgd.step()
             record.step({"loss": loss.detach(), **parts})
         record.end_of_epoch()
@@ -326,7 +320,8 @@ def encode(model: PromptOT, items: Items, tuned: bool = True, workers: int = 0) 
     """Yields image features (B, D) and labels (B,) of the items in order, batch by batch."""
     clip, device = model.clip, model.text0.device
     transform = test_transform(clip.image_resolution, clip.mean, clip.std)
-    for images, labels in test_loader(items, transform, batch_size=64, workers=workers):
+    batches = test_loader(items, transform, batch_size=64, workers=workers)
+    for images, labels in report.watch(batches, len(items), show=runs.rank() == 0):
         yield model.image_features(images.to(device), tuned), labels.to(device)
 
 
@@ -341,28 +336,27 @@ def accuracy(model: PromptOT, data: Dataset, tuned: bool = True, workers: int = 
     frozen = () if tuned else (model.text0, model.frozen_text_features(data.template))
     texts = torch.stack(frozen or [model.text_features()])  # (T, C, D)
     right = torch.zeros(len(texts), device=texts.device)
-    for image, labels in encode(model, data.test[rank() :: world_size()], tuned, workers):
+    for image, labels in encode(model, data.test[runs.rank() :: runs.world_size()], tuned, workers):
         right += ((texts @ image.T).argmax(dim=1) == labels).sum(dim=1)  # (T, C, B) -> (T, B)
-    return (100 * add_up(right) / len(data.test)).tolist()
+    return (100 * runs.add_up(right) / len(data.test)).tolist()
 
 
 # ---- From the command line to the table ----------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
     """Zero-shot accuracy; for each recipe a tuning and its accuracy; the tables."""
-    with one_line_errors(), processes():
+    with report.one_line_errors(), runs.processes():
         args, recipes = parse_args(argv)
-        clip = load(args.model, usable_device(args.device))
+        clip = load(args.model, runs.usable_device(args.device), activation=args.activation)
+        runs.set_threads(clip)
         if args.predict:
             return predict(load_prompts(args.load, clip, args.precision), args.predict, args.names)
         data, *others = [load_dataset(d, args.classnames) for d in (args.data, *args.eval_data)]
         targets = evaluation_targets(data, args.classes, others)
         model = PromptOT(clip, data.classnames, recipes[0])
-        common = {name: value for name, value in asdict(recipes[0]).items() if name not in VARIED}
-        common |= {name: getattr(args, name) for name in ("data", "model", "eval_data", "load")}
-        common |= {"fingerprint": fingerprint(clip)}
-        run = Run(args.output, common, args.resume, writes=rank() == 0)
-        run.introduce(data, targets, max(args.shots), model)
+        flags = vars(args) | asdict(recipes[0]) | {"fingerprint": fingerprint(clip)}
+        run = runs.Run(args.output, flags, VARIED, args.resume, writes=runs.rank() == 0)
+        run.introduce(data, targets, max(args.shots), model, clip.notes)
 
         for name, target in (pair for group in targets.values() for pair in group.items()):
             if name not in run.metrics["zero_shot"]:
@@ -379,7 +373,8 @@ def main(argv: list[str] | None = None) -> None:
                 torch.manual_seed(recipe.seed)
                 model = PromptOT(clip, source.classnames, recipe)
                 train(model, source.train, recipe, record, args.workers)
-                run.keep(recipe, model.prompts, source.classnames, plan_of(model, source, recipe))
+                run.keep(recipe, model.prompts, source.classnames, record.history,
+                         plan_of(model, source.train, recipe))
             percent = {name: accuracy(model, target, workers=args.workers)[0]
                        for name, target in targets[recipe.classes].items()}
             run.finish(recipe, record.history, percent)
@@ -398,9 +393,9 @@ def load_prompts(path: str | os.PathLike, clip: CLIP, precision: str = "auto") -
 
     Raises ValueError if `clip` is not the model that it was tuned for, or the file is damaged.
     """
-    saved = read_prompts(path, fingerprint(clip))
+    saved = runs.read_prompts(path, fingerprint(clip))
     model = PromptOT(clip, saved["classnames"], replace(recipe_of(saved), precision=precision))
-    restore(model.prompts, {name: saved[name] for name in ("text", "vision")}, path)
+    runs.restore(model.prompts, {name: saved[name] for name in ("text", "vision")}, path)
     return model
 
 
@@ -411,49 +406,50 @@ def predict(model: PromptOT, paths: list[str], names: list[str] | None = None) -
     text = model.clip.logit_scale.exp() * model.text_features()  # (C, D)
     batches = encode(model, [(path, 0) for path in paths])
     shares = [share for image, _ in batches for share in (image @ text.T).softmax(dim=1)]
-    print_predictions(paths, shares, model.classnames)
+    report.print_predictions(paths, shares, model.classnames)
 
 
 @torch.no_grad()
-def plan_of(model: PromptOT, source: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor, list[int]]:
-    """Cost and plan (B, B) from tuned to frozen features of up to 64 images, and their labels."""
-    items = source.train[:: math.ceil(len(source.train) / 64)]
+def plan_of(model: PromptOT, items: Items, recipe: Recipe) -> tuple[Tensor, Tensor, list]:
+    """Cost and plan (B, B) from tuned to frozen features of a dozen images, and these."""
+    items = items[:: math.ceil(len(items) / 12)]  # they come class by class
     [(image, labels)], [(image0, _)] = encode(model, items), encode(model, items, tuned=False)
     text, text0 = model.text_features()[labels], model.text0[labels]
     cost = transport_cost(image, text, image0, text0, recipe.modality)
-    cost = cost.sum(dim=0) if cost.ndim == 3 else cost
-    return cost, sinkhorn(cost, epsilon=recipe.epsilon), labels.tolist()
+    cost = cost.sum(dim=0) if recipe.modality == "separate" else cost
+    return cost, sinkhorn(cost, epsilon=recipe.epsilon), [open_image(path) for path, _ in items]
 
 
-HERE = Path(__file__).parent
-DEMO = {"data": f"{HERE}/demo/digits", "model": f"{HERE}/demo/tiny-clip.pt", "augment": "gentle",
-        "reg": ["none", "ot"]}  # what runs without --data
+DEMO = Path(__file__).parent / "demo"  # what runs without --data
 
 
-def parse_args(argv: list[str] | None) -> tuple[Namespace, list[Recipe]]:
+def parse_args(argv: list[str] | None) -> tuple:
     """The flags, and a recipe for each combination of what is VARIED."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = report.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--data", metavar="DIR", type=full_path, help="class folders, or train/ val/ test/ with"
-        " class folders, or a data set in CoOp's layout (the embedded demo)")
-    add("--download", action="store_true", help="fetch --data DIR first, if torchvision can")
-    add("--eval-data", metavar="DIR", type=full_path, nargs="+", default=[], help="tested on, too")
-    add("--classnames", metavar="FILE", help="ImageNet's classnames.txt, if it is not found")
-    add("--model", metavar="NAME_OR_PATH", default="ViT-B/16", help="weights: a file, or one of "
+    add("--data", type=report.full_path, help="class folders, or train/ val/ test/ with class"
+        " folders, or a data set in CoOp's layout (the embedded demo)")
+    add("--download", action="store_true", help="fetch --data first, if torchvision can")
+    add("--eval-data", type=report.full_path, nargs="+", default=[], help="tested on, too")
+    add("--classnames", help="file of names of class folders, a line each: folder name")
+    add("--model", default="ViT-B/16", help="weights: a file, a folder, or one of "
         + ", ".join(available_models()) + " (ViT-B/16; the demo has its own)")
+    add("--activation", choices=("quickgelu", "gelu"), help="if no config beside the weights says")
     parser.add_settings(Recipe, several=VARIED)
     parser.add_run_flags()
     args = parser.parse_args(argv)
     if args.load:  # what was tuned on is tested on, unless flags say otherwise
-        saved = read_prompts(args.load)
+        saved = runs.read_prompts(args.load)
         tuned = recipe_of(saved)
-        parser.set_defaults(data=saved["data"], model=saved["model"], classes=[tuned.classes])
+        parser.set_defaults(**{name: saved[name] for name in ("data", "model", "activation")})
+        parser.set_defaults(classes=[tuned.classes])
     elif args.data is None:
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(data=f"{DEMO}/digits", model=f"{DEMO}/tiny-clip.pt", augment="gentle",
+                            reg=["none", "ot"])
     args = parser.parse_args(argv)
     if args.download:
-        args.data = str(first_process(download, Path(args.data).name, Path(args.data).parent))
-    args.output = args.output or first_process(free_folder, args.data, args.resume)
+        args.data = str(runs.first_process(download, Path(args.data).name, Path(args.data).parent))
+    args.output = args.output or runs.first_process(runs.free_folder, args.data, args.resume)
     if args.load:
         return args, [replace(tuned, classes=c, precision=args.precision) for c in args.classes]
     flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}

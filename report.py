@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
 
@@ -42,6 +42,9 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         if args.predict and not args.load:
             self.error("--predict needs --load FILE, the prompts that a run has saved")
+        if args.workers is None:
+            on_gpu = torch.cuda.is_available() and args.device != "cpu"
+            args.workers = min(8, os.cpu_count() or 1) if on_gpu else 0
         return args
 
     def add_run_flags(self) -> None:
@@ -53,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         add("--predict", metavar="IMAGE", nargs="+", help="top classes, by prompts of --load")
         add("--names", metavar="NAME", nargs="+", help="classes for --predict (those tuned on)")
         add("--device", default="auto", help="cpu, cuda, ... (a GPU if there is one)")
-        add("--workers", type=int, default=0, help="processes that read images, beside the first")
+        add("--workers", type=int, help="processes that read images (8 with a GPU, else none)")
 
     def add_settings(self, settings: type, several: tuple[str, ...]) -> None:
         """A flag for each field of a dataclass; those in `several` take more than one value.
@@ -76,6 +79,18 @@ def full_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def watch(batches, images: int, show: bool = True) -> Iterator:
+    """Passes on batches (images, labels), and shows how many of the images are done."""
+    line, start, done = Line(print), time.time(), 0
+    for batch in batches:
+        yield batch
+        done += len(batch[0])
+        rate = done / (time.time() - start)
+        if show:
+            line.show(f"{done}/{images} images {rate:.0f} img/s {duration((images - done) / rate)}")
+    line.clear()
+
+
 class Line:
     """A line that is rewritten on a terminal; elsewhere one is printed every half minute."""
 
@@ -92,10 +107,14 @@ class Line:
 
     def keep(self) -> None:
         """The line stays, in the log, too."""
-        if sys.stdout.isatty():
-            print("\r\033[K", end="")
+        self.clear()
         self.log(self.text)
         self.printed = time.time()
+
+    def clear(self) -> None:
+        """Makes room for other output."""
+        if self.text and sys.stdout.isatty():
+            print("\r\033[K", end="", flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -112,8 +131,11 @@ def print_predictions(paths: list[str], shares: list[Tensor], classnames: list[s
         print(path, *(f"  {share[i]:6.1%}  {classnames[i]}" for i in top), sep="\n")
 
 
-def describe(dataset, targets: dict, shots: int, model: nn.Module) -> str:
-    """What a run is made of, in a few lines. targets: as for `tables`; shots: wanted per class."""
+def describe(dataset, targets: dict, shots: int, model: nn.Module, notes: tuple[str, ...]) -> str:
+    """What a run is made of, in a few lines.
+
+    targets: as for `tables`. shots: wanted of each class. notes: beside those of the data sets.
+    """
     counts = [len(items) for items in (dataset.train, dataset.val, dataset.test)]
     lines = [f"data    {dataset.name}: {len(dataset.classnames)} classes, "
              f"{counts[0]} train, {counts[1]} val, {counts[2]} test images"]
@@ -127,7 +149,8 @@ def describe(dataset, targets: dict, shots: int, model: nn.Module) -> str:
                        for learned in (True, False))
     lines.append(f"model   {frozen / 1e6:.1f} M frozen numbers, {learned:,} learned, "
                  f"on {parameters[0].device}")
-    notes = dict.fromkeys(note for d in (dataset, *every.values()) for note in d.notes)
+    of_data = (note for d in (dataset, *every.values()) for note in d.notes)
+    notes = dict.fromkeys([*notes, *of_data])  # each of them once
     per_class = collections.Counter(label for _, label in dataset.train)
     if few := [label for label, count in per_class.items() if count < shots]:
         notes[f"{len(few)} classes have fewer than {shots} training images, e.g. "
@@ -216,26 +239,45 @@ def markdown(table: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def plan_picture(cost: Tensor, plan: Tensor, labels: list[int], path: Path) -> None:
-    """PNG: the cost (B, B) and the plan (B, B) side by side, dark = much, lines between classes."""
-    size, margin = 400, 30
-    picture = Image.new("L", (2 * size + 3 * margin, size + 2 * margin), 255)
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def plan_picture(cost: Tensor, plan: Tensor, images: list[Image.Image], path: Path) -> None:
+    """PNG of the cost (B, B) and the plan (B, B): dark is much; B images stand along both sides."""
+    size, n = 44, len(images)
+    thumbnails = [ImageOps.fit(image, (size - 4, size - 4)) for image in images]
+    picture = Image.new("RGB", ((2 * n + 5) * size, (n + 3) * size), "white")
     draw = ImageDraw.Draw(picture)
-    few_classes = size / len(set(labels)) >= 8  # else the lines would hide the matrix
-    panels = (
-        (f"cost C, tuned (down) to frozen (across), {len(labels)} training images", cost, 0),
-        ("optimal plan between them", plan, 160),
-    )
-    for i, (title, matrix, line_shade) in enumerate(panels):
-        left = margin + i * (size + margin)
-        shade = 255 * (1 - (matrix - matrix.min()) / (matrix.max() - matrix.min()).clamp(min=1e-12))
-        panel = Image.fromarray(shade.round().to(torch.uint8).cpu().numpy())
-        picture.paste(panel.resize((size, size), Image.Resampling.NEAREST), (left, margin))
-        draw.text((left, margin - 18), title, fill=0)
-        for k in range(1, len(labels)):
-            if labels[k] != labels[k - 1] and few_classes:
-                at = k * size / len(labels)
-                draw.line([(left + at, margin), (left + at, margin + size)], fill=line_shade)
-                draw.line([(left, margin + at), (left + size, margin + at)], fill=line_shade)
-        draw.rectangle([left, margin, left + size, margin + size], outline=0)
+    for left, title, matrix in ((1, "cost: tuned (down), frozen (across)", cost),
+                                (n + 3, "plan: what is moved where", plan)):
+        draw.text((left * size, size // 2), title, fill="black", font_size=20)
+        span = (matrix.max() - matrix.min()).clamp(min=1e-12)
+        shades = 255 * (1 - (matrix - matrix.min()) / span)
+        for k, thumbnail in enumerate(thumbnails, start=1):
+            picture.paste(thumbnail, ((left + k) * size + 2, size + 12))
+            picture.paste(thumbnail, (left * size - 8, (k + 1) * size + 18))
+        for (i, row), j in itertools.product(enumerate(shades.int().tolist()), range(n)):
+            x, y = (left + j + 1) * size, (i + 2) * size + 16
+            draw.rectangle([x, y, x + size, y + size], fill=(row[j],) * 3, outline=(200,) * 3)
+    picture.save(path)
+
+
+def curves(history: list[dict[str, float]], path: Path) -> None:
+    """PNG: the mean of each number in each epoch, over epochs, one panel below the other."""
+    width, height, margin = 640, 110, 40
+    size = width + 2 * margin + 60, len(history[0]) * (height + margin) + margin
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    for k, name in enumerate(history[0]):
+        values, top = [means[name] for means in history], margin + k * (height + margin)
+        span, steps = max(values) or 1, max(1, len(values) - 1)
+        points = [(margin + 60 + width * i / steps, top + height * (1 - value / span))
+                  for i, value in enumerate(values)]
+        draw.rectangle([margin + 60, top, margin + 60 + width, top + height], outline=(200,) * 3)
+        draw.line(points if len(points) > 1 else points * 2, fill=(0, 114, 178), width=3)
+        draw.text((margin + 60, top - 24), name.replace("_", "-"), fill="black", font_size=18)
+        for value, y in ((span, top - 8), (0, top + height - 10)):
+            draw.text((margin - 10, y), f"{value:.3g}", fill="black", font_size=16)
+    draw.text((margin + 60, picture.height - 30), f"epochs 1 to {len(history)}", fill="black",
+              font_size=16)
     picture.save(path)

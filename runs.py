@@ -21,17 +21,20 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from report import Line, describe, duration, plan_picture, results, tables
+from report import Line, curves, describe, duration, plan_picture, results, tables
 
 # ---- The folder of a run -------------------------------------------------------------------------
+
+
+MAY_CHANGE = ("output", "resume", "download", "predict", "names", "device", "workers")
 
 
 class Run:
     """A folder with log.txt, metrics.json, results.md, and a sub-folder for each tuning.
 
-    folder: new or empty; with `resume` that of a run with the same settings. writes: false for all
-    processes but the first, which neither write nor print.
-    Raises ValueError if the folder holds something else.
+    folder: new or empty; with `resume` that of a run with the same settings, which are all flags
+    but those `varied` between its tunings, and a few. writes: false for all processes but the first,
+    which neither write nor print. Raises ValueError if the folder holds something else.
 
     metrics.json: settings, versions: name -> value. zero_shot, zero_shot_template: target ->
     accuracy in %, of "a photo of a {}." and of the data set's own template. runs: name, recipe,
@@ -39,8 +42,11 @@ class Run:
     source and targets (names of the rows) of each table in results.md.
     """
 
-    def __init__(self, folder: str, settings: dict, resume: bool = False, writes: bool = True):
+    def __init__(
+        self, folder: str, flags: dict, varied: tuple[str, ...], resume: bool, writes: bool = True
+    ):
         self.folder, self.writes = Path(folder), writes
+        settings = {k: v for k, v in flags.items() if k not in (*varied, *MAY_CHANGE)}
         settings = json.loads(json.dumps(settings))  # as they come back from the file
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "torchvision": torchvision.__version__}
@@ -69,11 +75,13 @@ class Run:
             text = json.dumps(self.metrics, indent=1)
             replace_file(self.folder / "metrics.json", text.encode())
 
-    def introduce(self, dataset, targets: dict, shots: int, model: nn.Module) -> None:
+    def introduce(
+        self, dataset, targets: dict, shots: int, model: nn.Module, notes=()
+    ) -> None:
         """Says what the run is made of; arguments as for `describe` and `tables`."""
         planned = self.metrics["tables"]
         planned += [t for t in tables(dataset.classnames, targets) if t not in planned]
-        self.log(describe(dataset, targets, shots, model))
+        self.log(describe(dataset, targets, shots, model, notes))
 
     def add_zero_shot(self, target: str, plain: float, own: float, template: str) -> None:
         """Accuracy in % of the frozen model, with "a photo of a {}." and with the own template."""
@@ -95,14 +103,17 @@ class Run:
             (self.folder / name).mkdir(exist_ok=True)
         return Record(self.folder / name / "state.pt", self.log, self.writes)
 
-    def keep(self, recipe, prompts: nn.Module, classnames: list[str], plan: tuple) -> None:
-        """Saves tuned prompts with what it takes to use them, and a picture of a plan."""
+    def keep(
+        self, recipe, prompts: nn.Module, classnames: list[str], history: list, plan: tuple
+    ) -> None:
+        """Saves tuned prompts with what it takes to use them, and pictures of history and plan."""
         if self.writes:
             content = {name: p.detach().cpu() for name, p in prompts.named_parameters()}
             content |= {"recipe": dataclasses.asdict(recipe), "classnames": classnames}
-            origin = ("data", "model", "fingerprint")
+            origin = ("data", "model", "activation", "fingerprint")
             content |= {key: self.metrics["settings"][key] for key in origin}
             save_tensors(content, self.folder / recipe.name / "prompts.pt")
+            curves(history, self.folder / recipe.name / "curves.png")
             plan_picture(*plan, self.folder / recipe.name / "plan.png")
 
     def finish(self, recipe, history: list, accuracy: dict[str, float]) -> None:
@@ -245,8 +256,10 @@ def load_tensors(path: str | os.PathLike, kinds: dict[str, type]) -> dict:
 
 def read_prompts(path: str | os.PathLike, fingerprint: str | None = None) -> dict:
     """The content of a prompts.pt; ValueError if it is of weights with another fingerprint."""
-    saved = load_tensors(path, {"text": Tensor, "vision": Tensor, "recipe": dict, "data": str,
-                                "classnames": list, "model": str, "fingerprint": str})
+    saved = load_tensors(path, {
+        "text": Tensor, "vision": Tensor, "recipe": dict, "classnames": list, "data": str,
+        "model": str, "activation": str | None, "fingerprint": str,
+    })
     if fingerprint not in (None, saved["fingerprint"]):
         raise ValueError(f"the prompts in {path} were tuned for other weights: {saved['model']}")
     return saved
@@ -288,6 +301,15 @@ def usable_device(name: str) -> str:
         reason = str(e).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}") from None
     return name
+
+
+def set_threads(model: nn.Module) -> None:
+    """One thread for a small model on a CPU, unless OMP_NUM_THREADS says otherwise.
+
+    More threads wait for each other more than they compute, above all on a busy machine.
+    """
+    if sum(p.numel() for p in model.parameters()) < 2e7 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 @contextlib.contextmanager

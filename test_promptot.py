@@ -1307,7 +1307,7 @@ def test_demo_from_the_command_line(tmp_path, capsys):
     assert places == sorted(places) and max(map(len, printed.splitlines())) < 100
     assert "HM" in (tmp_path / "run" / "results.md").read_text()
     files = {p.name for p in (tmp_path / "run" / result["name"]).iterdir()}
-    assert files == {"prompts.pt", "plan.png"}
+    assert files == {"prompts.pt", "plan.png", "curves.png"}
 
 
 def test_seeds_shots_and_regularisers_in_one_table_and_resume(tmp_path, capsys):

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the modules lie beside this folder
-from clip_model import CLIP, HEAD_WIDTH  # noqa: E402
-from promptot import EPSILON, PRECISIONS, PromptOT, autocast, ot_loss, unit  # noqa: E402
+from clip_model import CLIP, tokenize  # noqa: E402
+from promptot import PromptOT, Recipe, ot_loss, unit  # noqa: E402
 
 SIZES = {  # embed_dim, image, patch, vision width and layers, text width and layers
     "ViT-B/32": (512, 224, 32, 768, 12, 512, 12),
@@ -44,7 +44,7 @@ COLUMNS = (
     "classes", "batch", "step, ms", "images/s", "of matmul rate", "images", "texts", "losses, OT",
     "plain, ms", "speed-up", "peak, GiB",
 )
-LAM = 10.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # --------------------------------------------------------------------------------------------------
 # The plain way
@@ -53,45 +53,59 @@ LAM = 10.0
 class PlainBlock(nn.Module):
     """CLIP's block by nn.MultiheadAttention, with the weights of `block`."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, causal: bool):
         super().__init__()
         width = block.ln_1.normalized_shape[0]
-        self.attn = nn.MultiheadAttention(width, width // HEAD_WIDTH, batch_first=True)
+        self.attn = nn.MultiheadAttention(width, block.attn.heads, batch_first=True)
         self.attn.load_state_dict(block.attn.state_dict())
         self.ln_1, self.mlp, self.ln_2 = block.ln_1, block.mlp, block.ln_2
-        self.causal = block.attn.causal
+        self.causal = causal
 
-    def forward(self, x: Tensor, read: int | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y, size = self.ln_1(x), (x.shape[1], x.shape[1])
         mask = y.new_full(size, float("-inf")).triu(1) if self.causal else None
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
         y = self.mlp.c_fc(self.ln_2(x))
-        return (x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y)))[:, :read]  # computed are all
+        return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))
 
 
-def plain_copy(clip: CLIP) -> CLIP:
-    """A copy of its own, on the same device, with plain blocks."""
-    clip = copy.deepcopy(clip)
-    for tower in (clip.transformer, clip.visual.transformer):
-        tower.resblocks = nn.ModuleList(PlainBlock(block) for block in tower.resblocks)
-    return clip.to(clip.logit_scale.device).requires_grad_(False)
+class PlainCLIP(nn.Module):
+    """A copy of CLIP, on the same device, with plain blocks: every token of every layer."""
 
+    def __init__(self, clip: CLIP):
+        super().__init__()
+        self.clip = copy.deepcopy(clip)
+        for tower, causal in ((self.clip.transformer, True), (self.clip.visual.transformer, False)):
+            tower.resblocks = nn.ModuleList(PlainBlock(b, causal) for b in tower.resblocks)
+        self.to(clip.logit_scale.device).requires_grad_(False)
 
-def plain_text(clip: CLIP, tokens: Tensor, prompts: Tensor | tuple = ()) -> Tensor:
-    """`CLIP.encode_text` without a thought: every token of every text."""
-    x = clip.token_embedding(tokens)  # (C, 77, W)
-    for layer, block in enumerate(clip.transformer.resblocks):
-        if layer < len(prompts):
-            new = prompts[layer].expand(len(x), -1, -1)
-            x = torch.cat([x[:, :1], new, x[:, 1 + new.shape[1] :]], dim=1)
-        x = block(x + clip.positional_embedding if layer == 0 else x)
-    return clip.ln_final(x)[torch.arange(len(x)), tokens.argmax(dim=1)] @ clip.text_projection
+    def encode_image(self, images: Tensor, prompts: Tensor | tuple = ()) -> Tensor:
+        tower = self.clip.visual
+        patches = tower.conv1(images).flatten(2).transpose(1, 2)  # (B, N, W)
+        start = tower.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        x = torch.cat([start, patches], dim=1) + tower.positional_embedding
+        length = x.shape[1]
+        for layer, block in enumerate(tower.transformer.resblocks):
+            if layer < len(prompts):
+                x = torch.cat([x[:, :length], prompts[layer].expand(len(x), -1, -1)], dim=1)
+            x = block(tower.ln_pre(x) if layer == 0 else x)
+        return tower.ln_post(x[:, 0]) @ tower.proj
+
+    def encode_text(self, tokens: Tensor, prompts: Tensor | tuple = ()) -> Tensor:
+        clip = self.clip
+        x = clip.token_embedding(tokens)  # (C, 77, W)
+        for layer, block in enumerate(clip.transformer.resblocks):
+            if layer < len(prompts):
+                new = prompts[layer].expand(len(x), -1, -1)
+                x = torch.cat([x[:, :1], new, x[:, 1 + new.shape[1] :]], dim=1)
+            x = block(x + clip.positional_embedding if layer == 0 else x)
+        return clip.ln_final(x)[torch.arange(len(x)), tokens.argmax(dim=1)] @ clip.text_projection
 
 
 @torch.no_grad()
 def plain_sinkhorn(cost: Tensor) -> Tensor:
     """Entropic transport between uniform marginals, (B, B) -> (B, B)."""
-    scores, n, v = -cost / EPSILON, len(cost), torch.zeros(1, len(cost))
+    scores, n, v = -cost / Recipe.epsilon, len(cost), torch.zeros(1, len(cost))
     for _ in range(100):
         u = -(scores + v).logsumexp(dim=1, keepdim=True)
         v = -(scores + u).logsumexp(dim=0, keepdim=True)
@@ -103,21 +117,22 @@ class PlainPromptOT(nn.Module):
 
     def __init__(self, model: PromptOT):
         super().__init__()
-        self.student, self.teacher, self.kept = (plain_copy(model.clip) for _ in range(3))
-        self.prompts, self.precision = copy.deepcopy(model.prompts), model.precision
-        self.tokens = model.tokens.to(model.clip.logit_scale.device)
+        self.student, self.teacher, self.kept = (PlainCLIP(model.clip) for _ in range(3))
+        self.prompts, self.autocast = copy.deepcopy(model.prompts), model.autocast
+        texts = tokenize([f"a photo of a {name}." for name in model.classnames])
+        self.tokens = texts.to(model.text0.device)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor]:
         """As `PromptOT.loss`, without the parts."""
-        with autocast(images.device, self.precision):
+        with self.autocast():
             image = unit(self.student.encode_image(images, self.prompts.vision))
-            text = unit(plain_text(self.student, self.tokens, self.prompts.text))
+            text = unit(self.student.encode_text(self.tokens, self.prompts.text))
             image0 = unit(self.teacher.encode_image(images))
-            text0 = unit(plain_text(self.teacher, self.tokens))
+            text0 = unit(self.teacher.encode_text(self.tokens))
         cost = 2 - image @ image0.T - text[labels] @ text0[labels].T
         plan = plain_sinkhorn(cost.detach().cpu()).to(cost.device)
-        logits = self.student.logit_scale.exp() * image @ text.T
-        return (F.cross_entropy(logits, labels) + LAM * (plan * cost).sum(),)
+        logits = self.student.clip.logit_scale.exp() * image @ text.T
+        return (F.cross_entropy(logits, labels) + Recipe.lam * (plan * cost).sum(),)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,7 +188,7 @@ def parts(model: PromptOT, images: Tensor, labels: Tensor) -> list[float]:
     text = mark(model.text_features())
     f, t = image.detach().requires_grad_(), text.detach().requires_grad_()
     ce = F.cross_entropy(model.clip.logit_scale.exp() * f @ t.T, labels)
-    mark((ce + LAM * ot_loss(f, t[labels], image0, model.text0[labels])[0]).backward())
+    mark((ce + Recipe.lam * ot_loss(f, t[labels], image0, model.text0[labels])[0]).backward())
     mark(image.backward(f.grad))
     mark(text.backward(t.grad))
     forward, text_forward, losses, backward, text_backward = map(float.__sub__, marks[1:], marks)
@@ -184,7 +199,7 @@ def parts(model: PromptOT, images: Tensor, labels: Tensor) -> list[float]:
 def matmul_rate(args: argparse.Namespace) -> float:
     """Operations per second of a big matrix product: the most that the machine can do."""
     size = 8192 if args.device == "cuda" else 2048
-    x = torch.randn(size, size, device=args.device, dtype=PRECISIONS[args.precision])
+    x = torch.randn(size, size, device=args.device, dtype=DTYPES[args.precision])
     return 2 * size**3 / seconds(lambda: x @ x, steps=5)[0]
 
 
@@ -196,9 +211,14 @@ def setup(args: argparse.Namespace, n_classes: int, batch_size: int) -> tuple:
     names = [" ".join(rng.sample(WORDS, length)) for length in lengths]
     with torch.device(args.device):
         clip = CLIP(*SIZES[args.model])
+        for p in clip.parameters():  # matrices by their width, so that signals keep their size
+            p.data = torch.randn(p.shape) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1)
+        for name, p in clip.named_parameters():
+            p.data += "ln_" in name and name.endswith("weight")
+        clip.logit_scale.data.fill_(2.0)
         images = torch.randn(batch_size, 3, clip.image_resolution, clip.image_resolution)
         labels = torch.randint(n_classes, (batch_size,))
-    return PromptOT(clip, names, precision=args.precision), images, labels
+    return PromptOT(clip, names, Recipe(precision=args.precision)), images, labels
 
 
 def peak_memory(args: argparse.Namespace) -> float:
@@ -255,7 +275,7 @@ def main() -> None:
     add("--classes", nargs="+", type=int, default=[5, 50, 200, 1000])
     add("--batch-size", nargs="+", type=int, default=[4, 32])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=PRECISIONS, default="fp32")
+    add("--precision", choices=DTYPES, default="fp32")
     add("--steps", type=int, default=5, help="steps of which the median is printed (5)")
     add("--threads", type=int, help="of the CPU")
     add("--plain", type=int, default=200, help="compare with the plain way up to this many classes")

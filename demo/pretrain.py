@@ -404,7 +404,8 @@ def save(model: CLIP, captions: Captions, path: Path) -> None:
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
     table = torch.zeros(49408, SIZES["text_width"], dtype=torch.half)
     table[captions.used] = state["token_embedding.weight"]
-    torch.save({**state, "token_embedding.weight": table}, path)
+    state |= {"token_embedding.weight": table, "input_resolution": torch.tensor(32)}  # as OpenAI's
+    torch.save(state, path)
     with zipfile.ZipFile(path) as archive:
         entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
