@@ -20,7 +20,6 @@ same weights with learned prompts give f_i and t_c. All features have length 1.
 import functools
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -388,7 +387,7 @@ def recipe_of(saved: dict) -> Recipe:
     return Recipe(**{f.name: saved["recipe"].get(f.name, f.default) for f in fields(Recipe)})
 
 
-def load_prompts(path: str | os.PathLike, clip: CLIP, precision: str = "auto") -> PromptOT:
+def load_prompts(path: str | Path, clip: CLIP, precision: str = "auto") -> PromptOT:
     """The tuned model of a prompts.pt, on the class names that it was tuned on.
 
     Raises ValueError if `clip` is not the model that it was tuned for, or the file is damaged.

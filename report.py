@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import signal
 import statistics
 import sys
 import time
@@ -19,11 +20,23 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Bad input ends the program with one line on stderr and exit status 2, Ctrl-C with 130."""
+    """Bad input ends the program with a line on stderr and exit status 2, Ctrl-C or SIGTERM 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may not know all characters
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as e:
+        if "LOCAL_RANK" not in os.environ:
+            raise
+        print(f"error: is another process lost? {' '.join(str(e).split())[:200]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; --resume goes on after the last whole epoch", file=sys.stderr)

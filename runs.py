@@ -3,7 +3,6 @@
 Knows nothing of the method: what it keeps are named numbers and tensors.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -12,7 +11,6 @@ import json
 import os
 import platform
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +20,14 @@ import torchvision
 from torch import Tensor, nn
 
 from report import Line, curves, describe, duration, plan_picture, results, tables
+from weights import read_tensors
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    import msvcrt
+
+    fcntl = None
 
 # ---- The folder of a run -------------------------------------------------------------------------
 
@@ -32,9 +38,10 @@ MAY_CHANGE = ("output", "resume", "download", "predict", "names", "device", "wor
 class Run:
     """A folder with log.txt, metrics.json, results.md, and a sub-folder for each tuning.
 
-    folder: new or empty; with `resume` that of a run with the same settings, which are all flags
-    but those `varied` between its tunings, and a few. writes: false for all processes but the first,
-    which neither write nor print. Raises ValueError if the folder holds something else.
+    folder: new or empty; with `resume` that of a run with the same settings, which are all flags but
+    MAY_CHANGE and those that its tunings have `varied`. writes: false for all processes but the
+    first, which neither write nor print.
+    Raises ValueError if the folder holds something else, or another process is at work in it.
 
     metrics.json: settings, versions: name -> value. zero_shot, zero_shot_template: target ->
     accuracy in %, of "a photo of a {}." and of the data set's own template. runs: name, recipe,
@@ -48,6 +55,8 @@ class Run:
         self.folder, self.writes = Path(folder), writes
         settings = {k: v for k, v in flags.items() if k not in (*varied, *MAY_CHANGE)}
         settings = json.loads(json.dumps(settings))  # as they come back from the file
+        if writes:
+            self.lock = lock_folder(self.folder, flags["data"], resume)
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "torchvision": torchvision.__version__}
         self.metrics = {"settings": settings, "versions": versions, "zero_shot": {},
@@ -55,18 +64,13 @@ class Run:
         file = self.folder / "metrics.json"
         if resume and file.exists():
             self.metrics = read_metrics(file, settings)
-        elif writes and self.folder.exists() and any(self.folder.iterdir()):
-            advice = "--resume goes on with it" if file.exists() else "what is in it is no run"
-            raise ValueError(f"{folder} is not empty: {advice}, --output names another")
-        if writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
         self.save()
 
     def log(self, text: str) -> None:
         """Prints lines and appends them to log.txt."""
         if self.writes:
             print(text, flush=True)
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+            with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as f:
                 f.write(text + "\n")
 
     def save(self) -> None:
@@ -128,8 +132,34 @@ class Run:
             (self.folder / recipe.name / "state.pt").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Prints the tables."""
+        """Prints the tables, and leaves the folder to others."""
         self.log(f"\n{results(self.metrics)}\n\nprompts, metrics, log, pictures: {self.folder}")
+        if self.writes:
+            self.lock.close()
+
+
+def lock_folder(folder: Path, data: str, resume: bool):
+    """Makes the folder if need be; returns an open file, which is locked as long as it is open.
+
+    The system frees the lock when the process ends, however it does. Raises ValueError if the folder
+    is inside the data set, is locked, or holds something that a run must not touch.
+    """
+    if Path(data) in folder.absolute().parents:
+        raise ValueError(f"--output {folder} is inside --data, where it would become a class")
+    known = resume and (folder / "metrics.json").exists()
+    if folder.exists() and not known and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: --output names another, or --resume goes on with "
+                         "a run that is in it")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:  # Windows
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        raise ValueError(f"another process is at work in {folder}") from None
+    return file
 
 
 def read_metrics(file: Path, settings: dict) -> dict:
@@ -137,10 +167,10 @@ def read_metrics(file: Path, settings: dict) -> dict:
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
         before = dict(metrics["settings"])
-        for key in ("zero_shot", "zero_shot_template", "runs", "tables"):
-            metrics[key]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged; name another --output") from None
+        if metrics["runs"]:
+            results(metrics)  # needs all that there should be
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise ValueError(f"{file} is damaged, or not of a run; name another --output") from None
     changed = [f"{name} was {before.get(name)}, is {value}"
                for name, value in settings.items() if before.get(name) != value]
     if changed:
@@ -181,14 +211,27 @@ class Record:
         self.epochs, self.steps, self.images = epochs, steps, images
         self.state = {"prompts": prompts, "optimizer": optimizer}
         if self.file and self.file.exists():
-            kinds = {"prompts": dict, "optimizer": dict, "history": list}
-            saved = load_tensors(self.file, kinds)
-            for name, holder in self.state.items():
-                restore(holder, saved[name], self.file)
-            self.history = saved["history"]
+            self.history = self.restore()
         self.start, self.before = time.time(), len(self.history)
         self.line = Line(self.log)
         return self.before
+
+    def restore(self) -> list[dict[str, float]]:
+        """Loads the state from the file; returns the history in it."""
+        saved = load_tensors(self.file, {"prompts": dict, "optimizer": dict, "history": list})
+        optimizer, history = self.state["optimizer"], saved["history"]
+        groups = optimizer.state_dict()["param_groups"]  # are the recipe's
+        restore(self.state["prompts"], saved["prompts"], self.file)
+        restore(optimizer, saved["optimizer"] | {"param_groups": groups}, self.file)
+        for parameter, buffers in optimizer.state.items():
+            if any(x.shape != parameter.shape for x in buffers.values() if isinstance(x, Tensor)):
+                raise ValueError(f"{self.file} does not fit: a momentum has another shape")
+        if not 0 < len(history) <= self.epochs or not all(
+            isinstance(means, dict) and all(type(x) is float for x in means.values())
+            for means in history
+        ):
+            raise ValueError(f"{self.file} does not fit: its history is not of this tuning")
+        return history
 
     def step(self, parts: dict[str, Tensor]) -> None:
         """parts: the loss and what it is made of; its numbers (not tensors) are kept."""
@@ -240,16 +283,9 @@ def load_tensors(path: str | os.PathLike, kinds: dict[str, type]) -> dict:
 
     Raises ValueError if the file is damaged, or of another kind.
     """
-    content = io.BytesIO(Path(path).read_bytes())
-    try:
-        if damaged := zipfile.ZipFile(content).testzip():  # torch.load compares no checksums
-            raise ValueError(f"wrong checksum of {damaged}")
-        content.seek(0)
-        saved = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as e:  # zip, pickle and torch each have their own words for damage
-        raise ValueError(f"{path} is damaged, or no file that this program saved") from e
+    saved = read_tensors(path)
     for name, kind in kinds.items():
-        if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
+        if not isinstance(saved.get(name), kind):
             raise ValueError(f"{path} is another kind of file: it has no {name}")
     return saved
 
@@ -260,6 +296,9 @@ def read_prompts(path: str | os.PathLike, fingerprint: str | None = None) -> dic
         "text": Tensor, "vision": Tensor, "recipe": dict, "classnames": list, "data": str,
         "model": str, "activation": str | None, "fingerprint": str,
     })
+    names = saved["classnames"]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} does not fit: its class names are no text")
     if fingerprint not in (None, saved["fingerprint"]):
         raise ValueError(f"the prompts in {path} were tuned for other weights: {saved['model']}")
     return saved
@@ -297,8 +336,8 @@ def usable_device(name: str) -> str:
         name = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = str(e).splitlines()[0]
+    except Exception as e:  # each kind of device has its own for not being there
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}") from None
     return name
 

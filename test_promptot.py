@@ -597,7 +597,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_prompts(demo_clip, digits, tm
     with pytest.raises(ValueError, match="state.pt does not fit"):
         tune(demo_clip, digits, runs.Record(file), n_ctx=2)
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="state.pt is damaged"):
+    with pytest.raises(ValueError, match="state.pt.*damaged"):
         tune(demo_clip, digits, runs.Record(file))
 
 
@@ -1488,7 +1488,7 @@ def test_durations():
 def test_imports_point_one_way():
     """What may be copied without what: see README."""
     allowed = {"promptot": {"clip_model", "data", "report", "runs"}, "clip_model": {"weights"},
-               "runs": {"report"}, "weights": set(), "data": set(), "report": set()}
+               "runs": {"report", "weights"}, "weights": set(), "data": set(), "report": set()}
     for module, others in allowed.items():
         tree = ast.parse((HERE / f"{module}.py").read_text(encoding="utf-8"))
         found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
