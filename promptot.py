@@ -55,7 +55,7 @@ class Recipe:
     """
 
     classes: str = setting("base", ("base", "all"), "tune on the first half, or on all")
-    reg: str = setting("ot", ("ot", "pointwise", "none"), "plan, identity plan, or neither")
+    reg: str = setting("ot", ("ot", "pointwise", "none"), "OT, the identity as plan, or none")
     shots: int = setting(16, (0, 10**6), "training images per class, 0 = all")
     seed: int = setting(1, (0, 2**63 - 1), "of shots, prompts and augmentation")
     modality: str = setting("joint", ("joint", "image", "text", "separate"), "what reg compares")
@@ -424,8 +424,8 @@ DEMO = Path(__file__).parent / "demo"  # what runs without --data
 
 def parse_args(argv: list[str] | None) -> tuple:
     """The flags, and a recipe for each combination of what is VARIED."""
-    parser = report.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
+    parser = report.Parser(__doc__)
+    add = parser.add_argument_group("data and weights").add_argument
     add("--data", type=report.full_path, help="class folders, or train/ val/ test/ with class"
         " folders, or a data set in CoOp's layout (the embedded demo)")
     add("--download", action="store_true", help="fetch --data first, if torchvision can")

@@ -44,7 +44,16 @@ def one_line_errors() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the flags, without their list."""
+    """Flags in groups; says in one line what is wrong with them, without their list.
+
+    text: a module's docstring; its first line is what the program does, its commands are examples.
+    """
+
+    def __init__(self, text: str):
+        lines = text.splitlines()
+        commands = [line for line in lines if line.startswith("    python ")]
+        super().__init__(usage="%(prog)s [flags]", description=lines[0], epilog="\n".join(["examples:", *commands]),
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message: str):
         """Raises ValueError."""
@@ -62,12 +71,14 @@ class Parser(argparse.ArgumentParser):
 
     def add_run_flags(self) -> None:
         """Flags of every run: what it leaves, saved prompts, the machine."""
-        add = self.add_argument
+        add = self.add_argument_group("what a run leaves").add_argument
         add("--output", metavar="DIR", help="for prompts, metrics, log, pictures (runs/...)")
         add("--resume", action="store_true", help="go on with an interrupted run in --output")
+        add = self.add_argument_group("saved prompts").add_argument
         add("--load", metavar="FILE", type=full_path, help="evaluate these saved prompts")
         add("--predict", metavar="IMAGE", nargs="+", help="top classes, by prompts of --load")
         add("--names", metavar="NAME", nargs="+", help="classes for --predict (those tuned on)")
+        add = self.add_argument_group("the machine").add_argument
         add("--device", default="auto", help="cpu, cuda, ... (a GPU if there is one)")
         add("--workers", type=int, help="processes that read images (8 with a GPU, else none)")
 
@@ -76,9 +87,10 @@ class Parser(argparse.ArgumentParser):
 
         Metadata of a field: help; within: choices of a str, bounds of a number.
         """
+        group = self.add_argument_group("how prompts are tuned")
         for f in dataclasses.fields(settings):
             many, is_choice = f.name in several, f.type is str
-            self.add_argument(
+            group.add_argument(
                 "--" + f.name.replace("_", "-"), type=f.type, nargs="+" if many else None,
                 default=[f.default] if many else f.default,
                 choices=f.metadata["within"] if is_choice else None,
