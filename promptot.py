@@ -382,18 +382,13 @@ def main(argv: list[str] | None = None) -> None:
 
 # ---- After the story: saved prompts, prediction, a picture of the plan, flags --------------------
 
-def recipe_of(saved: dict) -> Recipe:
-    """The recipe in a prompts.pt; what it lacks has its default."""
-    return Recipe(**{f.name: saved["recipe"].get(f.name, f.default) for f in fields(Recipe)})
-
-
 def load_prompts(path: str | Path, clip: CLIP, precision: str = "auto") -> PromptOT:
     """The tuned model of a prompts.pt, on the class names that it was tuned on.
 
     Raises ValueError if `clip` is not the model that it was tuned for, or the file is damaged.
     """
-    saved = runs.read_prompts(path, fingerprint(clip))
-    model = PromptOT(clip, saved["classnames"], replace(recipe_of(saved), precision=precision))
+    saved = runs.read_prompts(path, Recipe, fingerprint(clip))
+    model = PromptOT(clip, saved["classnames"], replace(saved["recipe"], precision=precision))
     runs.restore(model.prompts, {name: saved[name] for name in ("text", "vision")}, path)
     return model
 
@@ -438,8 +433,8 @@ def parse_args(argv: list[str] | None) -> tuple:
     parser.add_run_flags()
     args = parser.parse_args(argv)
     if args.load:  # what was tuned on is tested on, unless flags say otherwise
-        saved = runs.read_prompts(args.load)
-        tuned = recipe_of(saved)
+        saved = runs.read_prompts(args.load, Recipe)
+        tuned = saved["recipe"]
         parser.set_defaults(**{name: saved[name] for name in ("data", "model", "activation")})
         parser.set_defaults(classes=[tuned.classes])
     elif args.data is None:

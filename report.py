@@ -52,8 +52,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, text: str):
         lines = text.splitlines()
         commands = [line for line in lines if line.startswith("    python ")]
-        super().__init__(usage="%(prog)s [flags]", description=lines[0], epilog="\n".join(["examples:", *commands]),
-                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(usage="%(prog)s [flags]", description=lines[0],
+                         epilog="\n".join(["examples:", *commands]), allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
         """Raises ValueError."""

@@ -38,8 +38,8 @@ MAY_CHANGE = ("output", "resume", "download", "predict", "names", "device", "wor
 class Run:
     """A folder with log.txt, metrics.json, results.md, and a sub-folder for each tuning.
 
-    folder: new or empty; with `resume` that of a run with the same settings, which are all flags but
-    MAY_CHANGE and those that its tunings have `varied`. writes: false for all processes but the
+    folder: new or empty; with `resume` that of a run with the same settings, which are all flags
+    but MAY_CHANGE and those that its tunings have `varied`. writes: false for all processes but the
     first, which neither write nor print.
     Raises ValueError if the folder holds something else, or another process is at work in it.
 
@@ -70,8 +70,9 @@ class Run:
         """Prints lines and appends them to log.txt."""
         if self.writes:
             print(text, flush=True)
-            with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as f:
-                f.write(text + "\n")
+            line = (text + "\n").encode(errors="backslashreplace")  # names may be no Unicode
+            with open(self.folder / "log.txt", "ab") as f:
+                f.write(line)
 
     def save(self) -> None:
         """Writes metrics.json."""
@@ -141,8 +142,8 @@ class Run:
 def lock_folder(folder: Path, data: str, resume: bool):
     """Makes the folder if need be; returns an open file, which is locked as long as it is open.
 
-    The system frees the lock when the process ends, however it does. Raises ValueError if the folder
-    is inside the data set, is locked, or holds something that a run must not touch.
+    The system frees the lock when the process ends, however it does. Raises ValueError if the
+    folder is inside the data set, is locked, or holds something that a run must not touch.
     """
     if Path(data) in folder.absolute().parents:
         raise ValueError(f"--output {folder} is inside --data, where it would become a class")
@@ -290,18 +291,22 @@ def load_tensors(path: str | os.PathLike, kinds: dict[str, type]) -> dict:
     return saved
 
 
-def read_prompts(path: str | os.PathLike, fingerprint: str | None = None) -> dict:
-    """The content of a prompts.pt; ValueError if it is of weights with another fingerprint."""
+def read_prompts(path: str | os.PathLike, recipe: type, fingerprint: str | None = None) -> dict:
+    """The content of a prompts.pt, see `Run.keep`; its recipe as an object of the class `recipe`.
+
+    Raises ValueError also for prompts of weights with another fingerprint.
+    """
     saved = load_tensors(path, {
         "text": Tensor, "vision": Tensor, "recipe": dict, "classnames": list, "data": str,
         "model": str, "activation": str | None, "fingerprint": str,
     })
-    names = saved["classnames"]
+    names, fields = saved["classnames"], dataclasses.fields(recipe)
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} does not fit: its class names are no text")
     if fingerprint not in (None, saved["fingerprint"]):
         raise ValueError(f"the prompts in {path} were tuned for other weights: {saved['model']}")
-    return saved
+    known = {f.name: saved["recipe"].get(f.name, f.default) for f in fields}
+    return saved | {"recipe": recipe(**known)}
 
 
 def restore(holder, state: dict, path: str | os.PathLike) -> None:
