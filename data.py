@@ -8,12 +8,10 @@
         for images, labels in loader: ...                # (4, 3, 224, 224), (4,)
 
 Layouts, splits, class names and sampling are those of CoOp (Zhou et al., 2022), so that numbers
-can be compared with CoOp, CoCoOp, MaPLe, PromptSRC and Prompt-OT. Nothing here knows of a model:
-copy this file alone.
+can be compared with CoOp, CoCoOp, MaPLe, PromptSRC and Prompt-OT. It can be copied alone.
 """
 
 import collections
-import contextlib
 import itertools
 import json
 import math
@@ -22,8 +20,8 @@ import random
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -64,60 +62,37 @@ def load_dataset(
     root: one of BENCHMARKS in CoOp's layout, known by its files or its name; or train/, test/ and
     perhaps val/, each with class folders; or class folders, which are split 50 / 20 / 30 %. All
     pictures below a class folder, at any depth, are of that class.
-    classnames: a text file, "folder name" on each line, for classes not named as their folder
-    ("_" read as " "). ImageNet's classnames.txt is looked for in the folder and in ../imagenet.
-    template: for zero-shot classification, {} being the class; None: the data set's own.
+    classnames: a text file for classes not named as their folder: on each line the folder, white
+    space, the name ("_" read as " "). ImageNet's is looked for in the folder and in ../imagenet.
+    template: for zero-shot classification, with {} for the name; by default the literature's.
     Raises OSError or ValueError, which say what is wrong and what is expected.
     """
-    if template is not None and not re.fullmatch(r"[^{}]*\{\}[^{}]*", template):
+    if template is not None and re.fullmatch(r"[^{}]*{}[^{}]*", template) is None:
         raise ValueError(f"the template {template!r} needs one {{}}, where the class name goes")
     folder = Path(os.path.abspath(os.path.expanduser(root)))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {root}")
-    benchmark, home = _find(folder)
+    b = _find(folder)
     try:
-        classes, splits, notes = _read(benchmark, home)
-        names = _names(benchmark, home, classnames, classes)
-        notes += _check(benchmark, names, splits)
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"{e}; expected is {_expected(benchmark)}") from None
-    except ValueError as e:
-        raise ValueError(f"{root}: {e}") from None
-    items = [splits.get(part, []) for part in PARTS]
-    template = template or benchmark.template
-    return Dataset(benchmark.name, names, *items, template, tuple(notes), os.fspath(root))
+        classes, splits, notes = _read(b, folder)
+        names = _names(b, folder, classes, classnames)
+        for part, items in splits.items():
+            lacking = [names[i] for i in set(range(len(names))) - {label for _, label in items}]
+            if lacking and part == "train":
+                raise ValueError(f"no train image of class {lacking[0]!r}")
+            if lacking and part == "test":
+                notes.append(f"classes without a test image: {len(lacking)}, as {lacking[0]!r}")
+    except (ValueError, FileNotFoundError) as e:
+        raise ValueError(f"{root}: {e}; expected is {_expected(b)}") from None
+    parts = [splits.get(part, []) for part in PARTS]
+    template = template or b.template
+    return Dataset(b.name, names, *parts, template, tuple(notes), os.fspath(root))
 
 
-def _check(b: "Benchmark", classnames: list[str], splits: Splits) -> list[str]:
-    """Whether all classes have a name and images; what is not ideal is returned as notes."""
-    if len(classnames) < 2 or "" in classnames:
-        raise ValueError(f"two classes with names are needed at least, not {classnames}")
-    counts = collections.Counter(name.lower() for name in classnames)  # CLIP does not see case
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice and b.files != CLASSNAMES:
-        raise ValueError(f"two classes have the name {twice[0]!r}")
-    # "missile" and "sunglasses" are twice in CLIP's list for ImageNet, and in published numbers.
-    notes = [f"names that two classes share: {', '.join(twice)}"] if twice else []
-    for part in ("train", "test"):
-        lacking = set(range(len(classnames))) - {label for _, label in splits.get(part, [])}
-        if lacking and part == "train" and splits.get("train"):
-            raise ValueError(f"no train image of class {classnames[min(lacking)]!r}")
-        if lacking and part == "test":
-            first = classnames[min(lacking)]
-            notes.append(f"classes without a test image: {len(lacking)}, {first!r} the first")
-    return notes
+# ---- Readers: a folder -> its classes, as they are called there; its splits; notes for the user --
 
-
-# --------------------------------------------------------------------------------------------------
-# Readers: a folder -> its classes, by folder's or file's names, its splits, and notes for the user
-
-FORMATS = {  # all that is decoded: others may start programs (EPS: Ghostscript)
-    "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "GIF": (".gif",),
-    "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm"),
-}
-EXTENSIONS = tuple(itertools.chain(*FORMATS.values()))
-PART_OF = {"train": "train", "training": "train", "val": "val", "valid": "val",
-           "validation": "val", "test": "test", "testing": "test"}
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # others may start programs (EPS)
+EXTENSIONS = tuple(e for e, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def _visible(folder: PathLike) -> list[os.DirEntry]:
@@ -131,65 +106,58 @@ def _folders(folder: Path) -> list[str]:
     return [entry.name for entry in _visible(folder) if entry.is_dir()]
 
 
-def find_pictures(folder: PathLike) -> tuple[list[str], list[str]]:
-    """All pictures below a folder, by the ends of their names, and all other files.
+def files_below(folder: PathLike) -> tuple[list[str], list[str]]:
+    """Pictures below a folder, at any depth, by extension; and all other files.
 
-    Links are followed, but to no folder that was read already or that `folder` lies in.
+    Links to folders, which may lead in a circle, are not followed.
     """
-    pictures, others, folders = [], [], [os.fspath(folder)]
-    seen = set(map(str, Path(os.path.realpath(folder)).parents))
-    for here in folders:  # which grows on the way
-        real = os.path.realpath(here)
-        for entry in _visible(here) if real not in seen else []:
-            if entry.is_dir():
-                folders.append(entry.path)
-            else:
-                is_picture = entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
-                (pictures if is_picture else others).append(entry.path)
-        seen.add(real)
+    pictures, others = [], []
+    for entry in _visible(folder):
+        if entry.is_dir(follow_symlinks=False):
+            for found, more in zip((pictures, others), files_below(entry.path)):
+                found += more
+        else:
+            is_picture = entry.name.lower().endswith(EXTENSIONS)
+            (pictures if is_picture else others).append(entry.path)
     return pictures, others
 
 
 def _read_classes(folder: Path, classes: list[str]) -> tuple[Items, list[str]]:
-    """The pictures in class folders, whose places in `classes` are the labels; notes."""
+    """The pictures in class folders, a label being the folder's place in `classes`; and notes."""
     if not classes:
         raise FileNotFoundError(f"no class folders in {folder}")
-    items, deep = [], []
-    left_out = [e.path for e in _visible(folder) if e.name.lower().endswith(EXTENSIONS)]
+    items, left_out, deep = [], [], 0
     for label, name in enumerate(classes):
-        here = os.path.join(folder, name)
-        pictures, others = find_pictures(here)
+        pictures, others = files_below(folder / name)
         if not pictures:
-            raise FileNotFoundError(f"no images in {here}")
+            raise FileNotFoundError(f"no images in {folder / name}")
         items += [(path, label) for path in pictures]
-        deep += [path for path in pictures if os.path.dirname(path) != here]
         left_out += others
-    notes = {"files left out, no pictures of a class": left_out,
-             "pictures in sub-folders, which count as their class folder's": deep}
-    return items, [f"{note}: {len(of)}, {of[0]} ..." for note, of in notes.items() if of]
+        deep += sum(os.path.dirname(path) != str(folder / name) for path in pictures)
+    notes = [f"files left out, no pictures by their names: {len(left_out)}, as {left_out[:1]}"]
+    nested = [f"pictures in sub-folders, of the class of their top folder: {deep}"]
+    return items, notes * bool(left_out) + nested * bool(deep)
 
 
-def _read_folders(folder: Path, no_classes: Iterable[str] = ()) -> tuple[list, Splits, list[str]]:
+def _read_folders(folder: Path) -> tuple[list[str], Splits, list[str]]:
     """A folder of class folders, or of train/, val/ and test/ with the same class folders each."""
-    names = [name for name in _folders(folder) if name not in no_classes]
-    parts = {PART_OF[name.lower()]: name for name in names
-             if name.lower() in PART_OF and _folders(folder / name)}
-    if not names or len(parts) < 2 and not PART_OF.keys() >= {name.lower() for name in names}:
-        items, notes = _read_classes(folder, names)  # where a class may be called "train"
+    names = _folders(folder)
+    if names and set(names) <= {b.folder for b in BENCHMARKS}:
+        raise ValueError(f"{folder} holds data sets, name one of them: {', '.join(names)}")
+    parts = [part for part in PARTS if part in names and _folders(folder / part)]
+    if not parts:
+        items, notes = _read_classes(folder, names)
         notes.append("split into train, val, test: 50 / 20 / 30 % of each class")
         return names, _split(items, names), notes
-    notes = [f"folder left out: {folder / n}" for n in names if n not in parts.values()]
-    if "test" not in parts and "val" in parts:  # as everybody does with ImageNet
-        parts["test"] = parts.pop("val")
-        notes.append(f"no test/ in {folder}: {parts['test']}/ is the test set")
-    if "test" not in parts:
-        raise FileNotFoundError(f"{folder} has neither test/ nor val/ with class folders")
-    classes, splits = _folders(folder / parts["test"]), {}
-    for part, name in parts.items():
-        if odd := set(classes) ^ set(_folders(folder / name)):
-            raise ValueError(f"{name}/ and test/ have different classes: {min(odd)!r} in one only")
-        splits[part], more_notes = _read_classes(folder / name, classes)
-        notes += more_notes
+    test = "test" if "test" in parts else "val"  # as everybody does with ImageNet
+    classes, splits = _folders(folder / test), {}
+    notes = [f"folder left out: {folder / n}" for n in names if n not in parts]
+    for part in parts:
+        if odd := set(classes) ^ set(_folders(folder / part)):
+            raise ValueError(f"{part}/ and {test}/ have different classes: {min(odd)!r} is in one")
+        items, more = _read_classes(folder / part, classes)
+        splits["test" if part == test else part] = items
+        notes += more
     return classes, splits, notes
 
 
@@ -229,12 +197,12 @@ def _read_split_file(file: Path, images: Path) -> tuple[list[str], Splits]:
     return [names[label] for label in range(len(names))], splits
 
 
-def _read_aircraft(home: Path, images: Path) -> tuple[list[str], Splits]:
+def _read_aircraft(folder: Path, images: Path) -> tuple[list[str], Splits]:
     """variants.txt: a name a line; images_variant_*.txt: "id name", the image being id.jpg."""
-    classes = _lines(home / "variants.txt")
+    classes = _lines(folder / "variants.txt")
     splits: Splits = {part: [] for part in PARTS}
     for part, items in splits.items():
-        for line in _lines(home / f"images_variant_{part}.txt"):
+        for line in _lines(folder / f"images_variant_{part}.txt"):
             image, _, name = line.partition(" ")
             if name not in classes:
                 raise ValueError(f"{part}: {line!r} does not end with a name of variants.txt")
@@ -242,15 +210,13 @@ def _read_aircraft(home: Path, images: Path) -> tuple[list[str], Splits]:
     return classes, splits
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: PathLike) -> list[str]:
     """The lines of a text file that are not empty (and without the mark that editors put first)."""
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
-# --------------------------------------------------------------------------------------------------
-# The benchmark data sets, in the layout of CoOp
-
+# ---- The benchmark data sets, in the layout of CoOp ----------------------------------------------
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -259,11 +225,11 @@ class Benchmark:
     name: str
     folder: str
     images: str  # the image folder in it
+    template: str = TEMPLATE
     files: tuple[str, ...] = ()  # beside the images, if not CoOp's split file
     marks: tuple[str, ...] = ()  # what its folder holds and no other's, beside the split file
-    template: str = TEMPLATE
-    names: dict[str, str] = field(default_factory=dict)  # class folder -> name, "": no class
     fetch: tuple[str, str] = ()  # torchvision's class, and where it puts this folder's content
+    names: dict[str, str] = field(default_factory=dict)  # class folder -> name, if another
 
     @property
     def split_file(self) -> str:
@@ -271,63 +237,48 @@ class Benchmark:
 
 
 DATASETS_MD = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
-CLASSNAMES = ("classnames.txt",)
+IMAGENET = ("classnames.txt",)  # beside the images of ImageNet and of its variants
 AIRCRAFT = ("variants.txt", *(f"images_variant_{part}.txt" for part in PARTS))
 WNID = "n" + 8 * "[0-9]"  # a WordNet id, as a glob
 BENCHMARKS = [
-    Benchmark("ImageNet", "imagenet", "images", CLASSNAMES, (f"images/train/{WNID}",)),
-    Benchmark("Caltech101", "caltech-101", "101_ObjectCategories", (), ("101_ObjectCategories",),
-              names={"airplanes": "airplane", "Faces": "face", "Leopards": "leopard",
-                     "Motorbikes": "motorbike", "BACKGROUND_Google": "", "Faces_easy": ""}),
-    Benchmark("OxfordPets", "oxford_pets", "images", template="a photo of a {}, a type of pet.",
+    Benchmark("ImageNet", "imagenet", "images", TEMPLATE, IMAGENET, (f"images/train/{WNID}",)),
+    Benchmark("Caltech101", "caltech-101", "101_ObjectCategories", marks=("101_ObjectCategories",)),
+    Benchmark("OxfordPets", "oxford_pets", "images", "a photo of a {}, a type of pet.",
               fetch=("OxfordIIITPet", "oxford-iiit-pet")),
-    Benchmark("StanfordCars", "stanford_cars", ".",
-              names={"cars_train": "", "cars_test": "", "devkit": ""}),
-    Benchmark("OxfordFlowers", "oxford_flowers", "jpg",
-              template="a photo of a {}, a type of flower."),
-    Benchmark("Food101", "food-101", "images", template="a photo of {}, a type of food.",
+    Benchmark("StanfordCars", "stanford_cars", "."),
+    Benchmark("OxfordFlowers", "oxford_flowers", "jpg", "a photo of a {}, a type of flower."),
+    Benchmark("Food101", "food-101", "images", "a photo of {}, a type of food.",
               fetch=("Food101", "food-101")),
-    Benchmark("FGVCAircraft", "fgvc_aircraft", "images", AIRCRAFT, ("variants.txt",),
-              "a photo of a {}, a type of aircraft.",
-              fetch=("FGVCAircraft", "fgvc-aircraft-2013b/data")),
+    Benchmark("FGVCAircraft", "fgvc_aircraft", "images", "a photo of a {}, a type of aircraft.",
+              AIRCRAFT, ("variants.txt",), ("FGVCAircraft", "fgvc-aircraft-2013b/data")),
     Benchmark("SUN397", "sun397", "SUN397"),
-    Benchmark("DescribableTextures", "dtd", "images", template="{} texture.",
-              fetch=("DTD", "dtd/dtd")),
-    Benchmark("EuroSAT", "eurosat", "2750", (), ("2750", "AnnualCrop"),
-              "a centered satellite photo of {}.", fetch=("EuroSAT", "eurosat"), names={
+    Benchmark("DescribableTextures", "dtd", "images", "{} texture.", fetch=("DTD", "dtd/dtd")),
+    Benchmark("EuroSAT", "eurosat", "2750", "a centered satellite photo of {}.",
+              marks=("2750", "AnnualCrop"), fetch=("EuroSAT", "eurosat"), names={
                   "AnnualCrop": "Annual Crop Land", "Highway": "Highway or Road",
                   "HerbaceousVegetation": "Herbaceous Vegetation Land",
                   "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
                   "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings",
                   "SeaLake": "Sea or Lake"}),
-    Benchmark("UCF101", "ucf101", "UCF-101-midframes", (), ("UCF-101-midframes",),
-              "a photo of a person doing {}."),
-    Benchmark("ImageNetV2", "imagenetv2", "imagenetv2-matched-frequency-format-val", CLASSNAMES,
-              ("imagenetv2-matched-frequency-format-val",)),
-    Benchmark("ImageNet-Sketch", "imagenet-sketch", "images", CLASSNAMES, (f"images/{WNID}",)),
-    Benchmark("ImageNet-A", "imagenet-adversarial", "imagenet-a", CLASSNAMES, ("imagenet-a",)),
-    Benchmark("ImageNet-R", "imagenet-rendition", "imagenet-r", CLASSNAMES, ("imagenet-r",)),
+    Benchmark("UCF101", "ucf101", "UCF-101-midframes", "a photo of a person doing {}.",
+              marks=("UCF-101-midframes",)),
+    Benchmark("ImageNetV2", "imagenetv2", "imagenetv2-matched-frequency-format-val", TEMPLATE,
+              IMAGENET, ("imagenetv2-matched-frequency-format-val",)),
+    Benchmark("ImageNet-Sketch", "imagenet-sketch", "images", TEMPLATE, IMAGENET,
+              (f"images/{WNID}",)),
+    Benchmark("ImageNet-A", "imagenet-adversarial", "imagenet-a", TEMPLATE, IMAGENET,
+              ("imagenet-a",)),
+    Benchmark("ImageNet-R", "imagenet-rendition", "imagenet-r", TEMPLATE, IMAGENET,
+              ("imagenet-r",)),
 ]
 
 
-def _find(root: Path) -> tuple[Benchmark, Path]:
-    """The benchmark that `root` is the image folder of, or is, or holds; and its own folder.
-
-    What a folder holds tells more than its name. Any other folder is a benchmark of its own.
-    """
-    for places in (
-        [(b, root.parent) for b in BENCHMARKS if root.name == b.images],
-        [(b, root) for b in BENCHMARKS],
-        [(b, root / b.folder) for b in BENCHMARKS],  # by its content: a class may be called "dtd"
-    ):
-        found = [(b, home) for b, home in places
-                 if any(any(home.glob(mark)) for mark in (b.split_file, *b.marks))]
-        if len(found) > 1:
-            folders = ", ".join(b.folder for b, _ in found)
-            raise ValueError(f"{root} holds several data sets, name one of them: {folders}")
-        if found:
-            return found[0]
-    return _by_name(root.name) or Benchmark(root.name, root.name, "."), root
+def _find(folder: Path) -> Benchmark:
+    """The benchmark in a folder, by what it holds or else its name; any other is one of its own."""
+    for b in BENCHMARKS:
+        if any(any(folder.glob(mark)) for mark in (b.split_file, *b.marks)):
+            return b
+    return _by_name(folder.name) or Benchmark(folder.name, folder.name, ".")
 
 
 def _by_name(name: str) -> Benchmark | None:
@@ -343,45 +294,49 @@ def _expected(b: Benchmark) -> str:
     return f"{b.folder}/ with {content}, as in {DATASETS_MD}"
 
 
-def _read(b: Benchmark, home: Path) -> tuple[list[str], Splits, list[str]]:
+def _read(b: Benchmark, folder: Path) -> tuple[list[str], Splits, list[str]]:
     """Classes, splits and notes of a data set, by the reader for what is in its folder."""
-    images = home / b.images
-    if b.files == AIRCRAFT or os.path.exists(home / b.split_file):
-        classes, splits = (_read_aircraft(home, images) if b.files == AIRCRAFT else
-                           _read_split_file(home / b.split_file, images))
+    images = folder / b.images
+    if b.files == AIRCRAFT or os.path.exists(folder / b.split_file):
+        classes, splits = (_read_aircraft(folder, images) if b.files == AIRCRAFT else
+                           _read_split_file(folder / b.split_file, images))
         paths = [path for items in splits.values() for path, _ in items]
         if missing := [path for path in paths if not os.path.exists(path)]:
-            raise FileNotFoundError(f"no image {missing[0]}, and {len(missing) - 1} more missing")
+            raise FileNotFoundError(f"{len(missing)} images are not there, as {missing[0]}")
         return classes, splits, []
-    images = images if images.is_dir() else home
-    if b.files == CLASSNAMES and b.name != "ImageNet":  # its variants have a test set only
-        # by length first: ImageNetV2's folders are the numbers 0 to 999
-        classes = sorted(_folders(images), key=lambda name: (len(name), name))
+    images = images if images.is_dir() else folder
+    if b.files == IMAGENET and b.name != "ImageNet":  # its variants have a test set only
+        classes = _folders(images)
         items, notes = _read_classes(images, classes)
         return classes, {"test": items}, notes
-    no_classes = [folder for folder, name in b.names.items() if not name]
-    classes, splits, notes = _read_folders(images, no_classes)
+    classes, splits, notes = _read_folders(images)
     if b in BENCHMARKS and b.name != "ImageNet":
         notes.append(f"no {b.split_file}: not the literature's split, do not compare the numbers")
     return classes, splits, notes
 
 
-def _names(b: Benchmark, home: Path, given: PathLike | None, classes: list[str]) -> list[str]:
+def _names(b: Benchmark, folder: Path, classes: list[str], file: PathLike | None) -> list[str]:
     """What the classes are called, by the file that is given or ImageNet's own."""
-    of_imagenet, names = b.files == CLASSNAMES, {}
-    if of_imagenet and given is None:
-        beside = [f / "classnames.txt" for f in (home, home / b.images, home.parent / "imagenet")]
-        given = next((file for file in beside if file.is_file()), beside[0])
-    if given is not None:
-        pairs = [line.partition("\t" if "\t" in line else " ") for line in _lines(Path(given))]
-        names = {folder.strip(): name.strip() or folder for folder, _, name in pairs}
+    of_imagenet, names = b.files == IMAGENET, b.names
+    if of_imagenet and file is None:
+        places = [f / "classnames.txt" for f in (folder, folder.parent / "imagenet")]
+        file = next((place for place in places if place.is_file()), places[0])
+    if file is not None:
+        pairs = [line.split(maxsplit=1) for line in _lines(file)]
+        names = names | {of: " ".join(name) for of, *name in pairs}
         if b.name == "ImageNetV2":
             names = {str(i): name for i, name in enumerate(names.values())}
         unknown = [name for name in classes if name not in names]
         if unknown and (of_imagenet or unknown == classes):
-            raise ValueError(f"{given} has no name for the class folder {unknown[0]!r}")
-    names = b.names | names
-    return [" ".join(names.get(name, name).replace("_", " ").split()) for name in classes]
+            raise ValueError(f"{file} has no name for the class folder {unknown[0]!r}")
+    names = [" ".join(names.get(name, name).replace("_", " ").split()) for name in classes]
+    if len(names) < 2 or "" in names:
+        raise ValueError(f"two classes with names are needed at least, not {names}")
+    counts = collections.Counter(name.lower() for name in names)  # CLIP does not see case
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice and not of_imagenet:  # CLIP's list has "missile" and "sunglasses" twice
+        raise ValueError(f"two classes have the name {twice[0]!r}")
+    return names
 
 
 def download(name: str, root: PathLike) -> Path:
@@ -403,20 +358,14 @@ def download(name: str, root: PathLike) -> Path:
         try:
             getattr(torchvision.datasets, b.fetch[0])(staging, download=True)
         except Exception as e:  # no network, wrong checksum, cut off: each has its own class
-            raise OSError(f"cannot download {b.name} with torchvision ({_in_line(e)})") from None
+            raise OSError(f"cannot download {b.name} with torchvision ({e})") from None
         target.mkdir(exist_ok=True)
         for part in (*b.files, b.images):  # images last: once they are there, all is
             shutil.move(Path(staging, b.fetch[1], part), target / part)
     return target
 
 
-def _in_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# --------------------------------------------------------------------------------------------------
-# Protocol: sampling, base and novel classes, what is tested
-
+# ---- Protocol: sampling, base and novel classes, what is tested ----------------------------------
 
 def few_shot(items: Items, shots: int, rng: random.Random) -> Items:
     """`shots` random items of each class, all of a class that has fewer; shots = 0: all items.
@@ -436,6 +385,8 @@ def few_shot(items: Items, shots: int, rng: random.Random) -> Items:
 def few_shot_source(dataset: Dataset, shots: int, seed: int, classes: str = "base") -> Dataset:
     """`shots` training images a class, of the "base" or "all" classes; in CoOp's order: the shots
     of all classes are drawn first, and then reduced to the base."""
+    if not dataset.train:
+        raise ValueError(f"{dataset.root} has no training images; --eval-data can test on it")
     source = replace(dataset, train=few_shot(dataset.train, shots, random.Random(seed)))
     return base_novel(source)[0] if classes == "base" else source
 
@@ -468,18 +419,19 @@ def evaluation_targets(
     targets: dict[str, dict[str, Dataset]] = {}
     if "base" in classes:
         targets["base"] = dict(zip(("base", "novel"), base_novel(dataset)))
+        for name, half in targets["base"].items():
+            if not half.test:
+                raise ValueError(f"no test image of a {name} class")
     if "all" in classes:
         targets["all"], others = {}, [dataset, *others]
-    taken = {"base", "novel"}
+    last = list(targets.values())[-1]
     for other in others:
-        name = other.root if other.name in taken else other.name
-        taken.add(name)
-        list(targets.values())[-1][name] = other
+        taken = other.name in ("base", "novel", *last)
+        last[other.root if taken else other.name] = other
     return targets
 
 
-# --------------------------------------------------------------------------------------------------
-# Images
+# ---- Images --------------------------------------------------------------------------------------
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 BICUBIC = T.InterpolationMode.BICUBIC
@@ -512,92 +464,80 @@ class ImageError(ValueError):
     """An image that cannot be read; the message names the file."""
 
 
-# Pillow refuses images of more than 179 million pixels, but only warns from 90 million on.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-MAX_ASPECT = 100  # longer to shorter edge: where the shorter becomes 224, so much the longer grows
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """The image, not yet decoded. Whatever fails in the `with` block becomes an ImageError."""
-    try:
-        with Image.open(path, formats=tuple(FORMATS)) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels")
-            yield image
-    except Exception as e:  # OSError, SyntaxError, DecompressionBombError, ...: as the format likes
-        raise ImageError(f"cannot read the image {path} ({_in_line(e)})") from None
-
-
 def open_image(path: str) -> Image.Image:
     """The decoded image as RGB, turned as its EXIF says; of an animation, the first frame.
 
     What is transparent is shown on white. Grey values of 16 or 32 bits span the smallest of the
-    ranges 0..255, 0..65535 and 0..2^31 (floats also 0..1) that holds them.
-    Raises ImageError for a file that is damaged, of no format in FORMATS, or absurdly large.
+    ranges 0..1, 0..255 and 0..65535 that holds them, or else 0 to the largest of them.
+    Raises ImageError for a damaged file, a format not in FORMATS, over 179 million pixels.
     """
-    with _opened(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in "IF":
-            image = _eight_bits(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) > 100 * min(image.size):  # will grow when the shorter becomes 224
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in "IF":
+                image = _eight_bits(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as e:  # OSError, SyntaxError, DecompressionBombError, ...: as the format likes
+        raise ImageError(f"cannot read the image {path} ({type(e).__name__}: {e})") from None
+
+
+def check_images(paths: Iterable[str]) -> Iterator[str]:
+    """Decodes images before hours of work depend on them; yields each path. Raises ImageError."""
+    with ThreadPoolExecutor() as pool:  # decoders free the GIL
+        for path, _ in zip(paths, pool.map(lambda path: open_image(path).size, paths)):
+            yield path
+
+
+def find_images(paths: Iterable[PathLike]) -> list[str]:
+    """Images as they are, and all that are below folders."""
+    found = (files_below(path)[0] if os.path.isdir(path) else [os.fspath(path)] for path in paths)
+    return list(itertools.chain(*found))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of mode I;16, I or F, which Pillow would clip at 255, as mode L."""
-    values = TF.pil_to_tensor(image.convert("F")).nan_to_num(0, posinf=0, neginf=0)  # (1, H, W)
+    """Grey of mode I;16, I or F, which Pillow would clip at 255."""
+    values = TF.pil_to_tensor(image.convert("F")).nan_to_num(0, 0, 0)  # (1, H, W)
     largest = values.max().item()
-    ranges = (1, 255, 65535, 2**31) if image.mode == "F" else (255, 65535, 2**31)
-    full = next((limit for limit in ranges if largest <= limit), largest)
-    return TF.to_pil_image((values * (255 / full)).round().clamp(0, 255).byte())
+    white = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
+    return TF.to_pil_image((values * (255 / white)).round().clamp(0, 255).byte())
 
 
-def check_images(paths: Iterable[str], decode: bool = False) -> Iterator[str]:
-    """Looks at images before a run depends on them; yields each path that is found to be good.
-
-    At the headers only or, with `decode`, at the whole images. Raises ImageError at a bad one.
-    """
-    for path in paths:
-        if decode:
-            open_image(path)
-        else:
-            with _opened(path):
-                pass
-        yield path
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
-
+# ---- Batches -------------------------------------------------------------------------------------
 
 class Images(torch.utils.data.Dataset):
     """Items as pairs (transformed image, label); an index is a pair (epoch, number of the item).
 
-    With a seed, what the transform draws from torch's generator depends on (seed, epoch, number)
-    alone: neither the number of workers nor the batch, the process or an interruption changes it.
+    What the transform draws from torch's generator depends on (seed, epoch, number) alone: neither
+    the number of workers nor the batch, the process or an interruption changes it.
     """
 
-    def __init__(self, items: Items, transform: Transform, seed: int | None = None):
-        self.items, self.transform, self.seed = items, transform, seed
+    def __init__(self, items: Items, transform: Transform, seed: int = 0, skip: bool = False):
+        self.items, self.transform, self.seed, self.skip = items, transform, seed, skip
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
         path, label = self.items[index[1]]
-        if self.seed is None:
-            return self.transform(open_image(path)), label
         with torch.random.fork_rng(devices=[]):  # leaves the process's own generator alone
             torch.default_generator.manual_seed(_seed_of(self.seed, *index))
             return self.transform(open_image(path)), label
 
-    def __getitems__(self, indices: list[tuple[int, int]]) -> list[Tensor] | ImageError:
-        """A batch, for DataLoader. It would wrap a worker's error in the text of a traceback, so
-        an ImageError is handed on as a value, which ImageLoader raises."""
-        try:
-            return default_collate([self[index] for index in indices])
-        except ImageError as error:
-            return error
+    def __getitems__(self, indices: list[tuple[int, int]]) -> list[Tensor] | ImageError | None:
+        """A batch, or an ImageError for ImageLoader: DataLoader would put it in a traceback.
+
+        With `skip`, a batch of the images that can be read, None if there are none.
+        """
+        pairs = []
+        for index in indices:
+            try:
+                pairs.append(self[index])
+            except ImageError as error:
+                if not self.skip:
+                    return error
+        return default_collate(pairs) if pairs else None
 
 
 def _seed_of(*numbers: int) -> int:
@@ -648,7 +588,8 @@ class ImageLoader(DataLoader):
         for batch in super().__iter__():
             if isinstance(batch, ImageError):
                 raise batch
-            yield batch
+            if batch is not None:
+                yield batch
 
 
 def train_loader(
@@ -665,8 +606,11 @@ def train_loader(
 
 
 def test_loader(
-    items: Items, transform: Transform, batch_size: int, workers: int = 0
+    items: Items, transform: Transform, batch_size: int, workers: int = 0, skip: bool = False
 ) -> DataLoader:
-    """The items in order, in batches (B, 3, H, W), (B,), of which the last may be smaller."""
+    """The items in order, in batches (B, 3, H, W), (B,), of which the last may be smaller.
+
+    skip: leave out images that cannot be read.
+    """
     batches = BatchSampler([(0, i) for i in range(len(items))], batch_size, drop_last=False)
-    return ImageLoader(Images(items, transform), batches, workers)
+    return ImageLoader(Images(items, transform, skip=skip), batches, workers)

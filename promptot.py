@@ -32,8 +32,9 @@ import report
 import runs
 from clip_model import CLIP, available_models, fingerprint, load, pack, tokenize
 from data import (
-    AUGMENTS, TEMPLATE, Dataset, Items, download, evaluation_targets, few_shot_source, load_dataset,
-    open_image, test_loader, test_transform, train_loader, train_transform,
+    AUGMENTS, TEMPLATE, Dataset, Items, check_images, download, evaluation_targets, find_images,
+    few_shot_source, load_dataset, open_image, test_loader, test_transform, train_loader,
+    train_transform,
 )
 
 # ---- Recipe: all that a tuning depends on, but for data and weights ------------------------------
@@ -315,12 +316,12 @@ def train(
 
 
 @torch.no_grad()
-def encode(model: PromptOT, items: Items, tuned: bool = True, workers: int = 0) -> Iterator:
-    """Yields image features (B, D) and labels (B,) of the items in order, batch by batch."""
+def encode(model: PromptOT, items: Items, tuned: bool = True, **loading) -> Iterator:
+    """Yields image features (B, D) and labels (B,) of items in order; loading: see test_loader."""
     clip, device = model.clip, model.text0.device
     transform = test_transform(clip.image_resolution, clip.mean, clip.std)
-    batches = test_loader(items, transform, batch_size=64, workers=workers)
-    for images, labels in report.watch(batches, len(items), show=runs.rank() == 0):
+    batches = test_loader(items, transform, batch_size=64, **loading)
+    for images, labels in report.watch(batches, 64, len(items), show=runs.rank() == 0):
         yield model.image_features(images.to(device), tuned), labels.to(device)
 
 
@@ -334,8 +335,8 @@ def accuracy(model: PromptOT, data: Dataset, tuned: bool = True, workers: int = 
     model.set_classes(data.classnames)
     frozen = () if tuned else (model.text0, model.frozen_text_features(data.template))
     texts = torch.stack(frozen or [model.text_features()])  # (T, C, D)
-    right = torch.zeros(len(texts), device=texts.device)
-    for image, labels in encode(model, data.test[runs.rank() :: runs.world_size()], tuned, workers):
+    right, share = torch.zeros(len(texts)).to(texts), data.test[runs.rank() :: runs.world_size()]
+    for image, labels in encode(model, share, tuned, workers=workers):
         right += ((texts @ image.T).argmax(dim=1) == labels).sum(dim=1)  # (T, C, B) -> (T, B)
     return (100 * runs.add_up(right) / len(data.test)).tolist()
 
@@ -349,8 +350,11 @@ def main(argv: list[str] | None = None) -> None:
         clip = load(args.model, runs.usable_device(args.device), activation=args.activation)
         runs.set_threads(clip)
         if args.predict:
-            return predict(load_prompts(args.load, clip, args.precision), args.predict, args.names)
-        data, *others = [load_dataset(d, args.classnames) for d in (args.data, *args.eval_data)]
+            model = load_prompts(args.load, clip, args.precision).set_classes(args.names)
+            found = predict(model, args.predict, args.workers)
+            return report.predictions(found, args.predict, args.names, args.csv)
+        data, *others = [load_dataset(path, args.classnames, args.template)
+                         for path in (args.data, *args.eval_data)]
         targets = evaluation_targets(data, args.classes, others)
         model = PromptOT(clip, data.classnames, recipes[0])
         flags = vars(args) | asdict(recipes[0]) | {"fingerprint": fingerprint(clip)}
@@ -361,6 +365,9 @@ def main(argv: list[str] | None = None) -> None:
             if name not in run.metrics["zero_shot"]:
                 percent = accuracy(model, target, tuned=False, workers=args.workers)
                 run.add_zero_shot(name, *percent, target.template)
+        sources = {} if args.load else {
+            r.name: few_shot_source(data, r.shots, r.seed, r.classes) for r in recipes}
+        report.look_at(check_images, {path for s in sources.values() for path, _ in s.train})
         for recipe in recipes:
             if run.is_done(recipe.name):
                 continue
@@ -368,11 +375,12 @@ def main(argv: list[str] | None = None) -> None:
             if args.load:
                 model = load_prompts(args.load, clip, recipe.precision)
             else:
-                source = few_shot_source(data, recipe.shots, recipe.seed, recipe.classes)
+                source = sources[recipe.name]
                 torch.manual_seed(recipe.seed)
                 model = PromptOT(clip, source.classnames, recipe)
                 train(model, source.train, recipe, record, args.workers)
-                run.keep(recipe, model.prompts, source.classnames, record.history,
+                names = source.classnames, data.classnames
+                run.keep(recipe, model.prompts, names, record.history,
                          plan_of(model, source.train, recipe))
             percent = {name: accuracy(model, target, workers=args.workers)[0]
                        for name, target in targets[recipe.classes].items()}
@@ -394,13 +402,13 @@ def load_prompts(path: str | Path, clip: CLIP, precision: str = "auto") -> Promp
 
 
 @torch.no_grad()
-def predict(model: PromptOT, paths: list[str], names: list[str] | None = None) -> None:
-    """Prints the likeliest classes of each image; names: other classes to tell apart."""
-    model.set_classes(names or model.classnames)
+def predict(model: PromptOT, paths: list[str], workers: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Yields path and probabilities (C,) of each image that can be read."""
     text = model.clip.logit_scale.exp() * model.text_features()  # (C, D)
-    batches = encode(model, [(path, 0) for path in paths])
-    shares = [share for image, _ in batches for share in (image @ text.T).softmax(dim=1)]
-    report.print_predictions(paths, shares, model.classnames)
+    items = [(path, number) for number, path in enumerate(paths)]
+    for image, numbers in encode(model, items, workers=workers, skip=True):
+        shares = (image @ text.T).softmax(dim=1).cpu()  # (B, C)
+        yield from zip([paths[number] for number in numbers.tolist()], shares)
 
 
 @torch.no_grad()
@@ -426,6 +434,7 @@ def parse_args(argv: list[str] | None) -> tuple:
     add("--download", action="store_true", help="fetch --data first, if torchvision can")
     add("--eval-data", type=report.full_path, nargs="+", default=[], help="tested on, too")
     add("--classnames", help="file of names of class folders, a line each: folder name")
+    add("--template", help="for zero-shot accuracy, as 'an aerial photo of {}.'")
     add("--model", default="ViT-B/16", help="weights: a file, a folder, or one of "
         + ", ".join(available_models()) + " (ViT-B/16; the demo has its own)")
     add("--activation", choices=("quickgelu", "gelu"), help="if no config beside the weights says")
@@ -436,11 +445,12 @@ def parse_args(argv: list[str] | None) -> tuple:
         saved = runs.read_prompts(args.load, Recipe)
         tuned = saved["recipe"]
         parser.set_defaults(**{name: saved[name] for name in ("data", "model", "activation")})
-        parser.set_defaults(classes=[tuned.classes])
+        parser.set_defaults(classes=[tuned.classes], names=saved["all_classnames"])
     elif args.data is None:
         parser.set_defaults(data=f"{DEMO}/digits", model=f"{DEMO}/tiny-clip.pt", augment="gentle",
                             reg=["none", "ot"])
     args = parser.parse_args(argv)
+    args.predict = args.predict and find_images(args.predict)
     if args.download:
         args.data = str(runs.first_process(download, Path(args.data).name, Path(args.data).parent))
     args.output = args.output or runs.first_process(runs.free_folder, args.data, args.resume)

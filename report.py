@@ -3,6 +3,7 @@
 import argparse
 import collections
 import contextlib
+import csv
 import dataclasses
 import itertools
 import os
@@ -10,7 +11,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -77,8 +78,9 @@ class Parser(argparse.ArgumentParser):
         add("--resume", action="store_true", help="go on with an interrupted run in --output")
         add = self.add_argument_group("saved prompts").add_argument
         add("--load", metavar="FILE", type=full_path, help="evaluate these saved prompts")
-        add("--predict", metavar="IMAGE", nargs="+", help="top classes, by prompts of --load")
-        add("--names", metavar="NAME", nargs="+", help="classes for --predict (those tuned on)")
+        add("--predict", metavar="PATH", nargs="+", help="images or folders to classify by --load")
+        add("--csv", metavar="FILE", help="for path, class, probability by --predict")
+        add("--names", metavar="NAME", nargs="+", help="for --predict (all classes of the data)")
         add = self.add_argument_group("the machine").add_argument
         add("--device", default="auto", help="cpu, cuda, ... (a GPU if there is one)")
         add("--workers", type=int, help="processes that read images (8 with a GPU, else none)")
@@ -105,16 +107,23 @@ def full_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def watch(batches, images: int, show: bool = True) -> Iterator:
-    """Passes on batches (images, labels), and shows how many of the images are done."""
-    line, start, done = Line(print), time.time(), 0
-    for batch in batches:
+def watch(batches: Iterable, size: int, total: int, show: bool = True) -> Iterator:
+    """Passes on batches of `size` images, and shows how many of the images are done."""
+    line, start = Line(print), time.time()
+    for number, batch in enumerate(batches, start=1):
+        line.clear()
         yield batch
-        done += len(batch[0])
-        rate = done / (time.time() - start)
-        if show:
-            line.show(f"{done}/{images} images {rate:.0f} img/s {duration((images - done) / rate)}")
+        done, seconds = min(number * size, total), time.time() - start
+        if show and seconds > 1:
+            left = duration(seconds / done * (total - done))
+            line.show(f"{done}/{total} images {done / seconds:.0f} img/s {left}")
     line.clear()
+
+
+def look_at(check: Callable[[set[str]], Iterable[str]], paths: set[str]) -> None:
+    """Checks images, with progress; raises what `check` raises at a bad one."""
+    for _ in watch(check(paths), 1, len(paths)):
+        pass
 
 
 class Line:
@@ -150,11 +159,30 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def print_predictions(paths: list[str], shares: list[Tensor], classnames: list[str]) -> None:
-    """The five likeliest classes of each image, with their probabilities."""
-    for path, share in zip(paths, shares):
-        top = share.argsort(descending=True)[:5].tolist()
-        print(path, *(f"  {share[i]:6.1%}  {classnames[i]}" for i in top), sep="\n")
+def predictions(
+    found: Iterable[tuple[str, Tensor]], paths: list[str], names: list[str], file: str | None
+) -> None:
+    """Prints the five likeliest classes of each image or, in a CSV file, the likeliest of each.
+
+    found: path and probabilities (C,). Raises ValueError in the end for paths that are not among
+    them, as those images cannot be read.
+    """
+    missing = dict.fromkeys(paths)
+    with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") if file else (
+        contextlib.nullcontext(sys.stdout)
+    ) as out:
+        rows = csv.writer(out)
+        if file:
+            rows.writerow(["path", "class", "probability"])
+        for path, share in found:
+            missing.pop(path, None)
+            top = share.argsort(descending=True)[:5].tolist()
+            if file:
+                rows.writerow([path, names[top[0]], f"{share[top[0]]:.4f}"])
+            else:
+                print(path, *(f"  {share[i]:6.1%}  {names[i]}" for i in top), sep="\n")
+    if missing:
+        raise ValueError(f"left out as they cannot be read: {len(missing)}, {', '.join(missing)}")
 
 
 def describe(dataset, targets: dict, shots: int, model: nn.Module, notes: tuple[str, ...]) -> str:

@@ -32,7 +32,7 @@ except ImportError:  # on Windows
 # ---- The folder of a run -------------------------------------------------------------------------
 
 
-MAY_CHANGE = ("output", "resume", "download", "predict", "names", "device", "workers")
+MAY_CHANGE = ("output", "resume", "download", "predict", "csv", "names", "device", "workers")
 
 
 class Run:
@@ -109,12 +109,16 @@ class Run:
         return Record(self.folder / name / "state.pt", self.log, self.writes)
 
     def keep(
-        self, recipe, prompts: nn.Module, classnames: list[str], history: list, plan: tuple
+        self, recipe, prompts: nn.Module, names: tuple[list, list], history: list, plan: tuple
     ) -> None:
-        """Saves tuned prompts with what it takes to use them, and pictures of history and plan."""
+        """Saves tuned prompts with what it takes to use them, and pictures of history and plan.
+
+        names: of the classes that were tuned on, and of all classes of the data set.
+        """
         if self.writes:
             content = {name: p.detach().cpu() for name, p in prompts.named_parameters()}
-            content |= {"recipe": dataclasses.asdict(recipe), "classnames": classnames}
+            content |= {"recipe": dataclasses.asdict(recipe), "classnames": names[0]}
+            content["all_classnames"] = names[1]
             origin = ("data", "model", "activation", "fingerprint")
             content |= {key: self.metrics["settings"][key] for key in origin}
             save_tensors(content, self.folder / recipe.name / "prompts.pt")
@@ -297,12 +301,14 @@ def read_prompts(path: str | os.PathLike, recipe: type, fingerprint: str | None 
     Raises ValueError also for prompts of weights with another fingerprint.
     """
     saved = load_tensors(path, {
-        "text": Tensor, "vision": Tensor, "recipe": dict, "classnames": list, "data": str,
-        "model": str, "activation": str | None, "fingerprint": str,
+        "text": Tensor, "vision": Tensor, "recipe": dict, "classnames": list,
+        "all_classnames": list, "data": str, "model": str, "activation": str | None,
+        "fingerprint": str,
     })
-    names, fields = saved["classnames"], dataclasses.fields(recipe)
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path} does not fit: its class names are no text")
+    fields = dataclasses.fields(recipe)
+    for names in (saved["classnames"], saved["all_classnames"]):
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} does not fit: its class names are no text")
     if fingerprint not in (None, saved["fingerprint"]):
         raise ValueError(f"the prompts in {path} were tuned for other weights: {saved['model']}")
     known = {f.name: saved["recipe"].get(f.name, f.default) for f in fields}
