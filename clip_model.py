@@ -181,9 +181,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, W) -> (B, L, W). mask: (B, 1, L, L), True where a row sees a column."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3W)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, W')
+        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # (B, heads, L, W / heads) each
         y = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, heads, L, W') -> (B, L, W)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, heads, L, W / heads) -> (B, L, W)
 
 
 class QuickGELU(nn.Module):
@@ -306,9 +307,9 @@ class CLIP(nn.Module):
         x = torch.cat([start, patches], dim=1) + tower.positional_embedding  # (B, 1 + N, W)
         length = x.shape[1]
         for layer, block in enumerate(tower.transformer.resblocks):
-            if layer < len(prompts):  # (B, 1 + N + n, W)
+            if layer < len(prompts):
                 here = prompts[layer].expand(len(x), -1, -1)
-                x = torch.cat([x[:, :length], here], dim=1)
+                x = torch.cat([x[:, :length], here], dim=1)  # (B, 1 + N + n, W)
             if layer == 0:
                 x = tower.ln_pre(x)
             if layer + 1 < tower.transformer.layers:
@@ -321,7 +322,8 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor | PackedTexts, prompts: Tensor | None = None) -> Tensor:
         """Token ids -> features, read at the end-of-text token, not normalised.
 
-        tokens: (C, L) from `tokenize`, or what `pack(tokens, n)` made of them, to do it once only.
+        tokens: (C, L) from `tokenize`, or what `pack(tokens, n)` made of them, to do it once only;
+        with another n than that of `prompts` the features are wrong.
         prompts: (depth, n, width) or None; prompts[0] takes the places 1..n, after SOT, before
         positions are added; prompts[l] replaces it at the input of block l.
         Returns (C, D). Raises ValueError for what `pack` refuses.
@@ -332,9 +334,9 @@ class CLIP(nn.Module):
         texts = texts.to(self.positional_embedding.device)
         x = self.token_embedding(texts.tokens)  # (R, L, W)
         for layer, block in enumerate(self.transformer.resblocks):
-            if layer < len(prompts):  # in the places 1..n of each row
+            if layer < len(prompts):
                 here = prompts[layer].expand(len(x), -1, -1)
-                x = torch.cat([x[:, :1], here, x[:, 1 + n :]], dim=1)
+                x = torch.cat([x[:, :1], here, x[:, 1 + n :]], dim=1)  # in the places 1..n of rows
             if layer == 0:
                 x = x + self.positional_embedding[texts.positions]
             x = block(x, texts.mask)

@@ -4,7 +4,8 @@ Chen et al., "Prompt-OT: An Optimal Transport Regularization Paradigm for Knowle
 in Vision-Language Model Adaptation", arXiv 2503.08906.
 
 B images x_i with labels y_i, C class names. Frozen CLIP gives f0_i (image) and t0_c (text); the
-same weights with learned prompts give f_i and t_c. All features have length 1.
+same weights with learned prompts give f_i and t_c. Features have length 1, H is the entropy, s
+CLIP's logit_scale.
 
     joint features   z_i = [f_i ; t_{y_i}],  z0_j = [f0_j ; t0_{y_j}]              PromptOT.loss
     cost             C_ij = 1/2 ||z_i - z0_j||^2
@@ -41,6 +42,7 @@ from data import (
 
 EPSILON = 0.001  # see ot_loss
 VARIED = ("classes", "reg", "shots", "seed")  # settings of which one command may have several
+DEMO = Path(__file__).parent / "demo"  # what runs without --data
 
 
 def setting(default, within: tuple, help: str):
@@ -52,7 +54,7 @@ def setting(default, within: tuple, help: str):
 class Recipe:
     """How prompts are tuned; the defaults are those of the paper's released code.
 
-    The command line's flags are its fields. ValueError for what is not within a field's bounds.
+    Each field is a flag of the command line. ValueError for what is not within its bounds.
     """
 
     classes: str = setting("base", ("base", "all"), "tune on the first half, or on all")
@@ -74,7 +76,7 @@ class Recipe:
     def __post_init__(self):
         for f in fields(self):
             value, within = getattr(self, f.name), f.metadata["within"]
-            if type(value) not in (f.type, int) or not (
+            if type(value) not in (f.type, int) or not (  # an int may stand for a float
                 value in within if f.type is str else within[0] <= value <= within[1]
             ):
                 raise ValueError(f"{f.name} is {value!r:.40}, not within {within}")
@@ -98,12 +100,13 @@ def sinkhorn(
     (..., m), masses of one total; by default uniform, of total 1. epsilon: > 0, in units of the
     cost; it is raised to 1e-6 of the cost's range. Returns the plan (..., n, m), without gradient,
     in fp32 or the wider dtype of the cost. Column sums are exact; errors of row sums add up to at
-    most `tol` of the mass, unless `max_iter` steps are too few. ValueError for other input.
+    most `tol` of the mass, unless `max_iter` steps, counted in tens, are too few. ValueError for
+    other masses or epsilon; a cost that is not finite gives NaN.
 
     In the log domain (Cuturi 2013; Peyre and Cuturi 2019, 4.4). One step does if the plan is nearly
     a permutation, as in training. Else epsilon is annealed from a quarter of the cost's range
-    (Schmitzer 2019) and steps are over-relaxed (Thibault et al. 2021). In fp64 if there is any,
-    as f / epsilon leaves too few of fp32's digits.
+    (Schmitzer 2019) and steps are over-relaxed (Thibault et al. 2021). In fp64 where the device
+    has it, as f / epsilon leaves too few of fp32's digits.
     """
     dtype = torch.promote_types(cost.dtype, torch.float32)
     cost = cost.to(torch.float32 if cost.device.type == "mps" else torch.float64)
@@ -116,9 +119,10 @@ def sinkhorn(
     span = (high - low).clamp(min=torch.finfo(cost.dtype).tiny)
     cost, target = (cost - low) / span, (epsilon / span).clamp(1e-6, 1e6)  # costs from 0 to 1
     log_a, log_b = a.log().clamp(min=-1e4), b.log().clamp(min=-1e4)  # exp(-1e4) is 0
-    f, g = torch.zeros_like(a), torch.zeros_like(b)
+    f, g = torch.zeros_like(a), torch.zeros_like(b)  # (..., n, 1), (..., 1, m)
+    # (least epsilon, steps, over-relaxation): one step; annealing; epsilon itself until it fits
     annealed = [(0.25 * 0.7**k, 2, 1.0) for k in range(36) if 0.25 * 0.7**k > target.min()]
-    for level, steps, omega in [(0, 1, 1.0), *annealed, *[(0, 10, 1.8)] * (max_iter // 10)]:
+    for level, steps, omega in [(0, 1, 1.0), *annealed, *[(0, 10, 1.8)] * max(1, max_iter // 10)]:
         eps = target.clamp(min=level)
         for _ in range(steps):
             f = f + omega * (eps * (log_a - ((g - cost) / eps).logsumexp(-1, keepdim=True)) - f)
@@ -168,7 +172,7 @@ def ot_loss(
     image, text: (B, D), features of length 1 of the tuned model, row i belonging to image i (text
     is that of its label). image0, text0: the same of the frozen model. modality: what is compared:
     "joint" features, "image" or "text" alone, or "separate": one plan for each, (2, B, B), and the
-    losses added up. pointwise: the identity as the plan. Costs lie in [0, 4].
+    losses added up. pointwise: the identity as the plan. Not under autocast: bf16 is too coarse.
 
     The gradient takes the plan as constant (envelope theorem): d loss / d C = plan. At epsilon
     0.001 the loss is within 1 % of exact OT's where costs off the diagonal are well above it, as
@@ -176,8 +180,8 @@ def ot_loss(
     to 1e-3 too high, which may be many times the exact value.
     """
     cost = transport_cost(image, text, image0, text0, modality)
-    identity = torch.eye(len(image), device=cost.device).expand_as(cost) / len(image)
-    plan = identity if pointwise else sinkhorn(cost, epsilon=epsilon)
+    identity = torch.eye(len(image), device=cost.device).expand_as(cost)
+    plan = identity / len(image) if pointwise else sinkhorn(cost, epsilon=epsilon)
     return (plan * cost).sum(), plan
 
 
@@ -190,7 +194,7 @@ class PromptLearner(nn.Module):
     Depth is cut to the layers of each tower. 61,440 numbers for ViT-B/16.
     """
 
-    def __init__(self, clip: CLIP, n_ctx: int = 4, depth: int = 12):
+    def __init__(self, clip: CLIP, n_ctx: int, depth: int):
         super().__init__()
         for name, tower in (("text", clip.transformer), ("vision", clip.visual.transformer)):
             shape = min(depth, tower.layers), n_ctx, tower.width
@@ -205,7 +209,7 @@ class PromptOT(nn.Module):
 
     clip: as `load` gives it; the one copy of the weights is student (with prompts) and teacher
     (without). classnames: C names. recipe: its n_ctx, depth and precision, in which the towers
-    compute; prompts, features and losses are fp32.
+    compute; prompts, features and losses are fp32. All is where `clip` is: `load(name, device)`.
     """
 
     def __init__(self, clip: CLIP, classnames: list[str], recipe: Recipe = Recipe()):
@@ -221,7 +225,7 @@ class PromptOT(nn.Module):
     def set_classes(self, classnames: list[str]) -> "PromptOT":
         """Takes other class names for the prompts to apply to; frozen CLIP encodes them, too."""
         self.classnames, n_ctx = list(classnames), self.prompts.text.shape[1]
-        # Prompts take the places of "a photo of a"; if there are more, of place holders, too.
+        # Prompts take the places of "a photo of a"; if there are more, of placeholders, too.
         template = TEMPLATE.replace(" {}", " x" * max(0, n_ctx - 4) + " {}")
         tokens = tokenize([template.format(name) for name in classnames])
         self.texts = pack(tokens, n_ctx).to(self.prompts.text.device)
@@ -248,8 +252,8 @@ class PromptOT(nn.Module):
         """Images (B, 3, R, R) -> logits (B, C)."""
         return self.clip.logit_scale.exp() * self.image_features(images) @ self.text_features().T
 
-    def loss(self, images: Tensor, labels: Tensor, recipe=Recipe()) -> tuple[Tensor, dict]:
-        """L = CE + lambda L_ot of images (B, 3, R, R) with labels (B,), and its parts.
+    def loss(self, images: Tensor, labels: Tensor, recipe: Recipe = Recipe()) -> tuple:
+        """(L = CE + lambda L_ot of images (B, 3, R, R) with labels (B,), its parts).
 
         recipe: its reg, modality, lam, epsilon. Parts: "ce"; "ot", before lambda; "off_diagonal",
         the share of the mass that does not go from an image to itself; "plan", of "none" None.
@@ -264,7 +268,7 @@ class PromptOT(nn.Module):
             return ce, {"ce": ce.detach(), "ot": zero, "off_diagonal": zero, "plan": None}
         image0, text0 = runs.gather(self.image_features(images, tuned=False)), self.text0
         ot, plan = ot_loss(
-            image, text[labels], image0, text0[labels],
+            image, text[labels], image0, text0[labels],  # halves of z_i, of z0_j
             recipe.epsilon, recipe.modality, pointwise=recipe.reg == "pointwise",
         )
         off = 1 - plan.diagonal(dim1=-2, dim2=-1).sum() / plan.sum()
@@ -299,8 +303,9 @@ def train(
     share = {"rank": runs.rank(), "world": runs.world_size()}
     loader = train_loader(items, transform, recipe.batch_size, recipe.seed, workers, **share)
     sgd = torch.optim.SGD(model.prompts.parameters(), recipe.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = recipe.stop_epoch or recipe.epochs
-    done = record.begin(epochs, len(loader), recipe.batch_size, model.prompts, sgd)
+    epochs = min(recipe.stop_epoch or recipe.epochs, recipe.epochs)
+    batch_size = loader.batch_sampler.batch_size  # not more than there are images
+    done = record.begin(epochs, len(loader), batch_size, model.prompts, sgd)
     for epoch in range(done, epochs):
         sgd.param_groups[0]["lr"] = learning_rate(epoch, recipe)
         loader.batch_sampler.set_epoch(epoch)
@@ -337,7 +342,7 @@ def accuracy(model: PromptOT, data: Dataset, tuned: bool = True, workers: int = 
     texts = torch.stack(frozen or [model.text_features()])  # (T, C, D)
     right, share = torch.zeros(len(texts)).to(texts), data.test[runs.rank() :: runs.world_size()]
     for image, labels in encode(model, share, tuned, workers=workers):
-        right += ((texts @ image.T).argmax(dim=1) == labels).sum(dim=1)  # (T, C, B) -> (T, B)
+        right += ((texts @ image.T).argmax(dim=1) == labels).sum(dim=1)  # (T, C, B) -> (T,)
     return (100 * runs.add_up(right) / len(data.test)).tolist()
 
 
@@ -353,13 +358,12 @@ def main(argv: list[str] | None = None) -> None:
             model = load_prompts(args.load, clip, args.precision).set_classes(args.names)
             found = predict(model, args.predict, args.workers)
             return report.predictions(found, args.predict, args.names, args.csv)
-        data, *others = [load_dataset(path, args.classnames, args.template)
-                         for path in (args.data, *args.eval_data)]
-        targets = evaluation_targets(data, args.classes, others)
+        data = load_dataset(args.data, args.classnames, args.template)
+        targets = evaluation_targets(data, args.classes, map(load_dataset, args.eval_data))
         model = PromptOT(clip, data.classnames, recipes[0])
         flags = vars(args) | asdict(recipes[0]) | {"fingerprint": fingerprint(clip)}
         run = runs.Run(args.output, flags, VARIED, args.resume, writes=runs.rank() == 0)
-        run.introduce(data, targets, max(args.shots), model, clip.notes)
+        run.introduce(data, targets, max(r.shots for r in recipes), model, clip.notes)
 
         for name, target in (pair for group in targets.values() for pair in group.items()):
             if name not in run.metrics["zero_shot"]:
@@ -413,16 +417,12 @@ def predict(model: PromptOT, paths: list[str], workers: int = 0) -> Iterator[tup
 
 @torch.no_grad()
 def plan_of(model: PromptOT, items: Items, recipe: Recipe) -> tuple[Tensor, Tensor, list]:
-    """Cost and plan (B, B) from tuned to frozen features of a dozen images, and these."""
+    """Joint cost and plan (B, B) from tuned to frozen features of a dozen images, and these."""
     items = items[:: math.ceil(len(items) / 12)]  # they come class by class
     [(image, labels)], [(image0, _)] = encode(model, items), encode(model, items, tuned=False)
     text, text0 = model.text_features()[labels], model.text0[labels]
-    cost = transport_cost(image, text, image0, text0, recipe.modality)
-    cost = cost.sum(dim=0) if recipe.modality == "separate" else cost
+    cost = transport_cost(image, text, image0, text0)
     return cost, sinkhorn(cost, epsilon=recipe.epsilon), [open_image(path) for path, _ in items]
-
-
-DEMO = Path(__file__).parent / "demo"  # what runs without --data
 
 
 def parse_args(argv: list[str] | None) -> tuple:
@@ -433,8 +433,8 @@ def parse_args(argv: list[str] | None) -> tuple:
         " folders, or a data set in CoOp's layout (the embedded demo)")
     add("--download", action="store_true", help="fetch --data first, if torchvision can")
     add("--eval-data", type=report.full_path, nargs="+", default=[], help="tested on, too")
-    add("--classnames", help="file of names of class folders, a line each: folder name")
-    add("--template", help="for zero-shot accuracy, as 'an aerial photo of {}.'")
+    add("--classnames", type=report.full_path, help="file with 'folder name' on each line, for --data")
+    add("--template", help="of --data for zero-shot accuracy: 'an aerial photo of {}.'")
     add("--model", default="ViT-B/16", help="weights: a file, a folder, or one of "
         + ", ".join(available_models()) + " (ViT-B/16; the demo has its own)")
     add("--activation", choices=("quickgelu", "gelu"), help="if no config beside the weights says")
@@ -444,13 +444,15 @@ def parse_args(argv: list[str] | None) -> tuple:
     if args.load:  # what was tuned on is tested on, unless flags say otherwise
         saved = runs.read_prompts(args.load, Recipe)
         tuned = saved["recipe"]
-        parser.set_defaults(**{name: saved[name] for name in ("data", "model", "activation")})
+        same = runs.ORIGIN if args.data is None else ("model", "activation")
+        parser.set_defaults(**{flag: saved["flags"].get(flag) for flag in same})
         parser.set_defaults(classes=[tuned.classes], names=saved["all_classnames"])
     elif args.data is None:
         parser.set_defaults(data=f"{DEMO}/digits", model=f"{DEMO}/tiny-clip.pt", augment="gentle",
                             reg=["none", "ot"])
     args = parser.parse_args(argv)
     args.predict = args.predict and find_images(args.predict)
+    args.model = report.full_path(args.model) if Path(args.model).exists() else args.model
     if args.download:
         args.data = str(runs.first_process(download, Path(args.data).name, Path(args.data).parent))
     args.output = args.output or runs.first_process(runs.free_folder, args.data, args.resume)

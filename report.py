@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         add("--output", metavar="DIR", help="for prompts, metrics, log, pictures (runs/...)")
         add("--resume", action="store_true", help="go on with an interrupted run in --output")
         add = self.add_argument_group("saved prompts").add_argument
-        add("--load", metavar="FILE", type=full_path, help="evaluate these saved prompts")
+        add("--load", metavar="FILE", type=full_path, help="evaluate these prompts, tune none")
         add("--predict", metavar="PATH", nargs="+", help="images or folders to classify by --load")
         add("--csv", metavar="FILE", help="for path, class, probability by --predict")
         add("--names", metavar="NAME", nargs="+", help="for --predict (all classes of the data)")
@@ -109,20 +109,22 @@ def full_path(path: str) -> str:
 
 def watch(batches: Iterable, size: int, total: int, show: bool = True) -> Iterator:
     """Passes on batches of `size` images, and shows how many of the images are done."""
-    line, start = Line(print), time.time()
+    line, start = Line(print), time.perf_counter()
     for number, batch in enumerate(batches, start=1):
         line.clear()
         yield batch
-        done, seconds = min(number * size, total), time.time() - start
+        done, seconds = min(number * size, total), time.perf_counter() - start
         if show and seconds > 1:
             left = duration(seconds / done * (total - done))
             line.show(f"{done}/{total} images {done / seconds:.0f} img/s {left}")
     line.clear()
 
 
-def look_at(check: Callable[[set[str]], Iterable[str]], paths: set[str]) -> None:
+def look_at(
+    check: Callable[[set[str]], Iterable[str]], paths: set[str], show: bool = True
+) -> None:
     """Checks images, with progress; raises what `check` raises at a bad one."""
-    for _ in watch(check(paths), 1, len(paths)):
+    for _ in watch(check(paths), 1, len(paths), show):
         pass
 
 
@@ -130,21 +132,21 @@ class Line:
     """A line that is rewritten on a terminal; elsewhere one is printed every half minute."""
 
     def __init__(self, log):
-        self.log, self.text, self.printed = log, "", time.time()
+        self.log, self.text, self.printed = log, "", time.perf_counter()
 
     def show(self, text: str) -> None:
         """Shows the text in place of the last."""
         self.text = text
         if sys.stdout.isatty():
             print(f"\r{text}\033[K", end="", flush=True)
-        elif time.time() > self.printed + 30:
+        elif time.perf_counter() > self.printed + 30:
             self.keep()
 
     def keep(self) -> None:
         """The line stays, in the log, too."""
         self.clear()
         self.log(self.text)
-        self.printed = time.time()
+        self.printed = time.perf_counter()
 
     def clear(self) -> None:
         """Makes room for other output."""

@@ -32,6 +32,7 @@ except ImportError:  # on Windows
 # ---- The folder of a run -------------------------------------------------------------------------
 
 
+ORIGIN = ("data", "classnames", "template", "model", "activation")  # flags kept with prompts
 MAY_CHANGE = ("output", "resume", "download", "predict", "csv", "names", "device", "workers")
 
 
@@ -119,8 +120,9 @@ class Run:
             content = {name: p.detach().cpu() for name, p in prompts.named_parameters()}
             content |= {"recipe": dataclasses.asdict(recipe), "classnames": names[0]}
             content["all_classnames"] = names[1]
-            origin = ("data", "model", "activation", "fingerprint")
-            content |= {key: self.metrics["settings"][key] for key in origin}
+            settings = self.metrics["settings"]
+            content |= {"flags": {flag: settings[flag] for flag in ORIGIN}}
+            content |= {"fingerprint": settings["fingerprint"]}
             save_tensors(content, self.folder / recipe.name / "prompts.pt")
             curves(history, self.folder / recipe.name / "curves.png")
             plan_picture(*plan, self.folder / recipe.name / "plan.png")
@@ -149,7 +151,7 @@ def lock_folder(folder: Path, data: str, resume: bool):
     The system frees the lock when the process ends, however it does. Raises ValueError if the
     folder is inside the data set, is locked, or holds something that a run must not touch.
     """
-    if Path(data) in folder.absolute().parents:
+    if Path(data).resolve() in folder.resolve().parents:
         raise ValueError(f"--output {folder} is inside --data, where it would become a class")
     known = resume and (folder / "metrics.json").exists()
     if folder.exists() and not known and any(folder.iterdir()):
@@ -206,7 +208,7 @@ class Record:
     def __init__(self, file: Path | None = None, log: Callable = print, writes: bool = True):
         self.file, self.log, self.writes = file, log, writes
         self.history: list[dict[str, float]] = []
-        self.parts: list[dict[str, Tensor]] = []  # of each step of this epoch
+        self.parts: list[Tensor] = []  # the numbers of each step of this epoch
 
     def begin(self, epochs: int, steps: int, images: int, prompts: nn.Module, optimizer) -> int:
         """Restores the state if there is one; returns the number of epochs done before.
@@ -217,7 +219,7 @@ class Record:
         self.state = {"prompts": prompts, "optimizer": optimizer}
         if self.file and self.file.exists():
             self.history = self.restore()
-        self.start, self.before = time.time(), len(self.history)
+        self.start, self.before = time.perf_counter(), len(self.history)
         self.line = Line(self.log)
         return self.before
 
@@ -241,21 +243,22 @@ class Record:
     def step(self, parts: dict[str, Tensor]) -> None:
         """parts: the loss and what it is made of; its numbers (not tensors) are kept."""
         numbers = {k: x for k, x in parts.items() if isinstance(x, Tensor) and x.ndim == 0}
-        self.parts.append(numbers)
+        self.names = list(numbers)
+        self.parts.append(torch.stack(list(numbers.values())))
         if len(self.parts) % 10 == 0:  # to read numbers in every step would stall a GPU
             self.show()
 
     def show(self) -> dict[str, float]:
         """Shows how far the tuning is, with the means of this epoch, which are returned."""
         epoch, done = len(self.history), len(self.parts)
-        numbers = torch.stack([torch.stack(list(parts.values())) for parts in self.parts]).cpu()
+        numbers = torch.stack(self.parts).cpu()  # (steps, names)
         if not numbers.isfinite().all():
             step = int(numbers.isfinite().all(dim=1).logical_not().nonzero()[0]) + 1
             where = f"epoch {epoch + 1}, step {step}"
             raise ValueError(f"the loss is not finite in {where}; lower --lr?")
-        means = dict(zip(self.parts[0], numbers.mean(dim=0).tolist()))
+        means = dict(zip(self.names, numbers.mean(dim=0).tolist()))
         done += self.steps * (epoch - self.before)
-        seconds = time.time() - self.start
+        seconds = time.perf_counter() - self.start
         left = seconds / done * (self.steps * (self.epochs - self.before) - done)
         columns = [f"{name.replace('_', '-')} {mean:.4f}" for name, mean in means.items()]
         rate = f"{self.images * done / seconds:.0f} img/s"
@@ -302,15 +305,17 @@ def read_prompts(path: str | os.PathLike, recipe: type, fingerprint: str | None 
     """
     saved = load_tensors(path, {
         "text": Tensor, "vision": Tensor, "recipe": dict, "classnames": list,
-        "all_classnames": list, "data": str, "model": str, "activation": str | None,
-        "fingerprint": str,
+        "all_classnames": list, "flags": dict, "fingerprint": str,
     })
     fields = dataclasses.fields(recipe)
     for names in (saved["classnames"], saved["all_classnames"]):
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path} does not fit: its class names are no text")
+    for flag in ORIGIN:
+        if not isinstance(saved["flags"].get(flag), str | None):
+            raise ValueError(f"{path} does not fit: its flag {flag} is no text")
     if fingerprint not in (None, saved["fingerprint"]):
-        raise ValueError(f"the prompts in {path} were tuned for other weights: {saved['model']}")
+        raise ValueError(f"the prompts in {path} were tuned for other weights: {saved['flags']['model']}")
     known = {f.name: saved["recipe"].get(f.name, f.default) for f in fields}
     return saved | {"recipe": recipe(**known)}
 
@@ -368,7 +373,7 @@ def processes() -> Iterator[None]:
     if "LOCAL_RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group()  # gloo for tensors on the CPU, nccl on GPUs
     yield
     if dist.is_initialized():
         dist.destroy_process_group()

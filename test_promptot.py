@@ -5,14 +5,15 @@
 
 import ast
 import contextlib
+import csv
 import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -448,7 +449,7 @@ def test_prompts_start_where_the_paper_says(clip):
     assert torch.equal(prompts.text[0], words)
     assert 0.015 < prompts.text[1:].std() < 0.025 and 0.015 < prompts.vision.std() < 0.025
     paper = CLIP(512, 224, 16, 768, 12, 512, 12)
-    assert sum(p.numel() for p in PromptLearner(paper).parameters()) == 61_440
+    assert sum(p.numel() for p in PromptLearner(paper, 4, 12).parameters()) == 61_440
 
 
 @pytest.mark.parametrize("n_ctx", [1, 2, 4, 6])
@@ -900,7 +901,7 @@ def test_base_and_novel_are_those_of_coop(n):
 
 def test_what_is_tested_has_names_of_its_own():
     own, novel, other, again = (
-        data.Dataset(name, ["a", "b"], [], [], [(f"{root}.png", 1)], root=root)
+        data.Dataset(name, ["a", "b"], [], [], [(f"{root}.png", 0), ("b.png", 1)], root=root)
         for name, root in [("x", "1/x"), ("novel", "2/novel"), ("y", "3/y"), ("x", "4/x")]
     )
     targets = data.evaluation_targets(own, ["base", "all"], [novel, other, again])
@@ -909,6 +910,28 @@ def test_what_is_tested_has_names_of_its_own():
         "all": {"x": own, "2/novel": novel, "y": other, "4/x": again},
     }
     assert list(data.evaluation_targets(own, ["base"], [other])["base"]) == ["base", "novel", "y"]
+    with pytest.raises(ValueError, match="no test image of a novel class"):
+        data.evaluation_targets(dataclasses.replace(own, test=own.test[:1]), ["base"])
+    with pytest.raises(ValueError, match="1/x has no training images"):
+        data.few_shot_source(own, 16, 1)
+
+
+def test_notes_say_what_was_read_as_what(tmp_path):
+    class_folders(tmp_path, {"a": 2, "a/deep/deeper": 2, "b": 1})
+    (tmp_path / "a" / "deep" / "text.txt").write_text("no picture")
+    dataset = data.load_dataset(tmp_path, template="an aerial photo of {}.")
+    assert len(dataset.train + dataset.val + dataset.test) == 5
+    notes = "\n".join(dataset.notes)
+    for words in ("left out, no pictures by their names: 1", "text.txt", "sub-folders.*: 2",
+                  "50 / 20 / 30 %", "without a test image: 1, as 'b'"):
+        assert re.search(words, notes), words
+    assert dataset.template == "an aerial photo of {}."
+    with pytest.raises(ValueError, match="needs one {}"):
+        data.load_dataset(tmp_path, template="a photo")
+    pictures = data.find_images([tmp_path, "x.jpg"])
+    assert len(pictures) == 6 and list(data.check_images(pictures[:5])) == pictures[:5]
+    with pytest.raises(data.ImageError, match="x.jpg"):
+        list(data.check_images(pictures))
 
 
 # ---- Data: images and batches --------------------------------------------------------------------
@@ -1162,6 +1185,15 @@ def test_saved_prompts_are_evaluated_and_predict(tmp_path, capsys):
     shares = [float(line.split("%")[0]) for line in lines[1:]]
     assert sum(shares) == pytest.approx(100, abs=0.2) and shares == sorted(shares, reverse=True)
 
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(image, tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "b.png").write_text("no picture")
+    rows = tmp_path / "rows.csv"
+    expect_error(capsys, "b.png", "--load", prompts, "--predict", tmp_path / "pictures", "--csv", rows)
+    (row,) = csv.DictReader(rows.open())
+    digits = {folder.name for folder in (DEMO / "digits").iterdir()}  # not the tuned half alone
+    assert row["path"].endswith("a.png") and row["class"] in digits and float(row["probability"]) > 0
+
     torch.save(small_clip().state_dict(), tmp_path / "other.pt")
     expect_error(capsys, "other weights", "--load", prompts, "--model", tmp_path / "other.pt",
                  "--predict", image)
@@ -1220,6 +1252,24 @@ def odd_folders(tmp_path, monkeypatch):
 def test_bad_input_is_one_line(words, args, odd_folders, capsys, tmp_path):
     expect_error(capsys, words, *args)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+VALUES = ["", " ", "0", "-1", "1", "1e400", "nan", "9" * 400, "ü", "\n", "%s", "a b", "~nobody/x", "/dev/null",
+          "None", "[]", "base", "ot", "cuda", "meta", "gelu", "{}", "{0}", "--", "0.5", "\udcff"]
+
+
+def test_any_command_line_ends_in_one_line(capsys, tmp_path, monkeypatch):
+    """FUZZ=1000 python -m pytest -k any_command tries more of them."""
+    monkeypatch.chdir(tmp_path)
+    flags = re.findall(r"(--[a-z-]+)", (HERE / "promptot.py").read_text(encoding="utf-8"))
+    flags = sorted({*flags, "--output", "--load", "--predict", "--csv", "--names", "--device",
+                    "--workers", *(f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Recipe))})
+    rng = random.Random(0)
+    for _ in range(int(os.environ.get("FUZZ", 40))):
+        args = [[flag, *rng.choices(VALUES, k=rng.choice((0, 1, 1, 1, 2)))]
+                for flag in rng.sample(flags, rng.randint(1, 4)) if flag != "--download"]
+        expect_error(capsys, "", *sum(args, []), "--data", tmp_path / "nowhere", *MODEL)
+    assert not list(tmp_path.iterdir())
 
 
 def test_torchrun_gives_the_prompts_of_one_process(tmp_path):

@@ -14,7 +14,6 @@ Both take their steps in turn, so that what else the machine does falls on both 
 import argparse
 import copy
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -198,7 +197,7 @@ def parts(model: PromptOT, images: Tensor, labels: Tensor) -> list[float]:
 
 def matmul_rate(args: argparse.Namespace) -> float:
     """Operations per second of a big matrix product: the most that the machine can do."""
-    size = 8192 if args.device == "cuda" else 2048
+    size = 8192 if args.device.startswith("cuda") else 2048
     x = torch.randn(size, size, device=args.device, dtype=DTYPES[args.precision])
     return 2 * size**3 / seconds(lambda: x @ x, steps=5)[0]
 
@@ -225,8 +224,10 @@ def peak_memory(args: argparse.Namespace) -> float:
     """GiB at the peak of two steps: by CUDA's account, else the resident memory of the process."""
     step = trainer(*setup(args, args.classes[0], args.batch_size[0]))
     step(), step()
-    if args.device == "cuda":
+    if args.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident / 2 ** (30 if sys.platform == "darwin" else 20)
 
@@ -288,7 +289,7 @@ def main() -> None:
     settings = [(n, size) for n in args.classes for size in args.batch_size]
     memory = [in_new_process(args, *setting) for setting in settings]
     rate = matmul_rate(args)
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else ""
     device = gpu or f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.model}, {args.precision}, {device}, matrix product {rate / 1e12:.2f} TFLOP/s\n")
     print("|", " | ".join(COLUMNS), "|\n|" + "---:|" * len(COLUMNS))
