@@ -339,7 +339,7 @@ def _names(b: Benchmark, folder: Path, classes: list[str], file: PathLike | None
     return names
 
 
-def download(name: str, root: PathLike) -> Path:
+def download(name: str, root: PathLike) -> str:
     """Fetches a benchmark with torchvision into root/<its folder>, which is returned.
 
     Where CoOp has a split file it must be added by hand. Raises ValueError for a data set that
@@ -352,7 +352,7 @@ def download(name: str, root: PathLike) -> Path:
     root = Path(os.path.expanduser(root))
     target = root / b.folder
     if (target / b.images).is_dir():
-        return target
+        return str(target)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="download-") as staging:
         try:
@@ -362,7 +362,7 @@ def download(name: str, root: PathLike) -> Path:
         target.mkdir(exist_ok=True)
         for part in (*b.files, b.images):  # images last: once they are there, all is
             shutil.move(Path(staging, b.fetch[1], part), target / part)
-    return target
+    return str(target)
 
 
 # ---- Protocol: sampling, base and novel classes, what is tested ----------------------------------

@@ -3,9 +3,8 @@
 Chen et al., "Prompt-OT: An Optimal Transport Regularization Paradigm for Knowledge Preservation
 in Vision-Language Model Adaptation", arXiv 2503.08906.
 
-B images x_i with labels y_i, C class names. Frozen CLIP gives f0_i (image) and t0_c (text); the
-same weights with learned prompts give f_i and t_c. Features have length 1, H is the entropy, s
-CLIP's logit_scale.
+B images x_i with labels y_i, C class names. Frozen CLIP gives f0_i (image), t0_c (text); with
+learned prompts it gives f_i, t_c. All have length 1. H is the entropy, s CLIP's logit scale.
 
     joint features   z_i = [f_i ; t_{y_i}],  z0_j = [f0_j ; t0_{y_j}]              PromptOT.loss
     cost             C_ij = 1/2 ||z_i - z0_j||^2
@@ -29,14 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import data
 import report
 import runs
 from clip_model import CLIP, available_models, fingerprint, load, pack, tokenize
-from data import (
-    AUGMENTS, TEMPLATE, Dataset, Items, check_images, download, evaluation_targets, find_images,
-    few_shot_source, load_dataset, open_image, test_loader, test_transform, train_loader,
-    train_transform,
-)
+from data import AUGMENTS, TEMPLATE, Dataset, Items
 
 # ---- Recipe: all that a tuning depends on, but for data and weights ------------------------------
 
@@ -299,13 +295,12 @@ def train(
     continued to the very same prompts (on the CPU). ValueError if the loss stops being finite.
     """
     record, clip, device = record or runs.Record(), model.clip, model.text0.device
-    transform = train_transform(clip.image_resolution, recipe.augment, clip.mean, clip.std)
-    share = {"rank": runs.rank(), "world": runs.world_size()}
-    loader = train_loader(items, transform, recipe.batch_size, recipe.seed, workers, **share)
+    transform = data.train_transform(clip.image_resolution, recipe.augment, clip.mean, clip.std)
+    loader = data.train_loader(items, transform, recipe.batch_size, recipe.seed, workers,
+                               runs.rank(), runs.world_size())
     sgd = torch.optim.SGD(model.prompts.parameters(), recipe.lr, momentum=0.9, weight_decay=5e-4)
     epochs = min(recipe.stop_epoch or recipe.epochs, recipe.epochs)
-    batch_size = loader.batch_sampler.batch_size  # not more than there are images
-    done = record.begin(epochs, len(loader), batch_size, model.prompts, sgd)
+    done = record.begin(epochs, len(loader), loader.batch_sampler.batch_size, model.prompts, sgd)
     for epoch in range(done, epochs):
         sgd.param_groups[0]["lr"] = learning_rate(epoch, recipe)
         loader.batch_sampler.set_epoch(epoch)
@@ -324,26 +319,26 @@ def train(
 def encode(model: PromptOT, items: Items, tuned: bool = True, **loading) -> Iterator:
     """Yields image features (B, D) and labels (B,) of items in order; loading: see test_loader."""
     clip, device = model.clip, model.text0.device
-    transform = test_transform(clip.image_resolution, clip.mean, clip.std)
-    batches = test_loader(items, transform, batch_size=64, **loading)
+    transform = data.test_transform(clip.image_resolution, clip.mean, clip.std)
+    batches = data.test_loader(items, transform, batch_size=64, **loading)
     for images, labels in report.watch(batches, 64, len(items), show=runs.rank() == 0):
         yield model.image_features(images.to(device), tuned), labels.to(device)
 
 
 @torch.no_grad()
-def accuracy(model: PromptOT, data: Dataset, tuned: bool = True, workers: int = 0) -> list[float]:
-    """Share of the test images, in %, that are classified right among the names of `data`.
+def accuracy(model: PromptOT, dataset: Dataset, tuned: bool = True, workers: int = 0) -> list:
+    """Share of the test images, in %, that are classified right; the model keeps the class names.
 
-    One figure of the tuned model; of the frozen one two, for "a photo of a {}." and the template
-    of the data set. The model keeps the class names.
+    One figure of the tuned model; of the frozen one two, for TEMPLATE and the data set's own.
     """
-    model.set_classes(data.classnames)
-    frozen = () if tuned else (model.text0, model.frozen_text_features(data.template))
+    model.set_classes(dataset.classnames)
+    frozen = () if tuned else (model.text0, model.frozen_text_features(dataset.template))
     texts = torch.stack(frozen or [model.text_features()])  # (T, C, D)
-    right, share = torch.zeros(len(texts)).to(texts), data.test[runs.rank() :: runs.world_size()]
+    right = torch.zeros(len(texts)).to(texts)
+    share = dataset.test[runs.rank() :: runs.world_size()]
     for image, labels in encode(model, share, tuned, workers=workers):
         right += ((texts @ image.T).argmax(dim=1) == labels).sum(dim=1)  # (T, C, B) -> (T,)
-    return (100 * runs.add_up(right) / len(data.test)).tolist()
+    return (100 * runs.add_up(right) / len(dataset.test)).tolist()
 
 
 # ---- From the command line to the table ----------------------------------------------------------
@@ -358,20 +353,21 @@ def main(argv: list[str] | None = None) -> None:
             model = load_prompts(args.load, clip, args.precision).set_classes(args.names)
             found = predict(model, args.predict, args.workers)
             return report.predictions(found, args.predict, args.names, args.csv)
-        data = load_dataset(args.data, args.classnames, args.template)
-        targets = evaluation_targets(data, args.classes, map(load_dataset, args.eval_data))
-        model = PromptOT(clip, data.classnames, recipes[0])
+        dataset = data.load_dataset(args.data, args.classnames, args.template)
+        others = map(data.load_dataset, args.eval_data)
+        targets = data.evaluation_targets(dataset, args.classes, others)
+        model = PromptOT(clip, dataset.classnames, recipes[0])
         flags = vars(args) | asdict(recipes[0]) | {"fingerprint": fingerprint(clip)}
         run = runs.Run(args.output, flags, VARIED, args.resume, writes=runs.rank() == 0)
-        run.introduce(data, targets, max(r.shots for r in recipes), model, clip.notes)
+        run.introduce(dataset, targets, max(r.shots for r in recipes), model, clip.notes)
 
         for name, target in (pair for group in targets.values() for pair in group.items()):
             if name not in run.metrics["zero_shot"]:
                 percent = accuracy(model, target, tuned=False, workers=args.workers)
                 run.add_zero_shot(name, *percent, target.template)
         sources = {} if args.load else {
-            r.name: few_shot_source(data, r.shots, r.seed, r.classes) for r in recipes}
-        report.look_at(check_images, {path for s in sources.values() for path, _ in s.train})
+            r.name: data.few_shot_source(dataset, r.shots, r.seed, r.classes) for r in recipes}
+        report.look_at(data.check_images, {path for s in sources.values() for path, _ in s.train})
         for recipe in recipes:
             if run.is_done(recipe.name):
                 continue
@@ -383,9 +379,8 @@ def main(argv: list[str] | None = None) -> None:
                 torch.manual_seed(recipe.seed)
                 model = PromptOT(clip, source.classnames, recipe)
                 train(model, source.train, recipe, record, args.workers)
-                names = source.classnames, data.classnames
-                run.keep(recipe, model.prompts, names, record.history,
-                         plan_of(model, source.train, recipe))
+                run.keep(recipe, model.prompts, source.classnames, dataset.classnames,
+                         record.history, plan_of(model, source.train, recipe))
             percent = {name: accuracy(model, target, workers=args.workers)[0]
                        for name, target in targets[recipe.classes].items()}
             run.finish(recipe, record.history, percent)
@@ -422,7 +417,7 @@ def plan_of(model: PromptOT, items: Items, recipe: Recipe) -> tuple[Tensor, Tens
     [(image, labels)], [(image0, _)] = encode(model, items), encode(model, items, tuned=False)
     text, text0 = model.text_features()[labels], model.text0[labels]
     cost = transport_cost(image, text, image0, text0)
-    return cost, sinkhorn(cost, epsilon=recipe.epsilon), [open_image(path) for path, _ in items]
+    return cost, sinkhorn(cost, epsilon=recipe.epsilon), [data.open_image(p) for p, _ in items]
 
 
 def parse_args(argv: list[str] | None) -> tuple:
@@ -433,9 +428,9 @@ def parse_args(argv: list[str] | None) -> tuple:
         " folders, or a data set in CoOp's layout (the embedded demo)")
     add("--download", action="store_true", help="fetch --data first, if torchvision can")
     add("--eval-data", type=report.full_path, nargs="+", default=[], help="tested on, too")
-    add("--classnames", type=report.full_path, help="file with 'folder name' on each line, for --data")
+    add("--classnames", type=report.full_path, help="file of lines 'folder name', for --data")
     add("--template", help="of --data for zero-shot accuracy: 'an aerial photo of {}.'")
-    add("--model", default="ViT-B/16", help="weights: a file, a folder, or one of "
+    add("--model", type=report.path_or_name, default="ViT-B/16", help="weights: a file, a folder, "
         + ", ".join(available_models()) + " (ViT-B/16; the demo has its own)")
     add("--activation", choices=("quickgelu", "gelu"), help="if no config beside the weights says")
     parser.add_settings(Recipe, several=VARIED)
@@ -444,17 +439,15 @@ def parse_args(argv: list[str] | None) -> tuple:
     if args.load:  # what was tuned on is tested on, unless flags say otherwise
         saved = runs.read_prompts(args.load, Recipe)
         tuned = saved["recipe"]
-        same = runs.ORIGIN if args.data is None else ("model", "activation")
-        parser.set_defaults(**{flag: saved["flags"].get(flag) for flag in same})
-        parser.set_defaults(classes=[tuned.classes], names=saved["all_classnames"])
+        same = saved["flags"] if args.data is None else runs.of_model(saved["flags"])
+        parser.set_defaults(**same, classes=[tuned.classes], names=saved["all_classnames"])
     elif args.data is None:
         parser.set_defaults(data=f"{DEMO}/digits", model=f"{DEMO}/tiny-clip.pt", augment="gentle",
                             reg=["none", "ot"])
     args = parser.parse_args(argv)
-    args.predict = args.predict and find_images(args.predict)
-    args.model = report.full_path(args.model) if Path(args.model).exists() else args.model
+    args.predict = args.predict and data.find_images(args.predict)
     if args.download:
-        args.data = str(runs.first_process(download, Path(args.data).name, Path(args.data).parent))
+        args.data = runs.first_process(data.download, Path(args.data).name, Path(args.data).parent)
     args.output = args.output or runs.first_process(runs.free_folder, args.data, args.resume)
     if args.load:
         return args, [replace(tuned, classes=c, precision=args.precision) for c in args.classes]

@@ -107,6 +107,12 @@ def full_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def path_or_name(text: str) -> str:
+    """A flag's value as an absolute path, if there is such a file or folder."""
+    path = full_path(text)
+    return path if os.path.exists(path) else text
+
+
 def watch(batches: Iterable, size: int, total: int, show: bool = True) -> Iterator:
     """Passes on batches of `size` images, and shows how many of the images are done."""
     line, start = Line(print), time.perf_counter()

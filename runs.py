@@ -110,16 +110,14 @@ class Run:
         return Record(self.folder / name / "state.pt", self.log, self.writes)
 
     def keep(
-        self, recipe, prompts: nn.Module, names: tuple[list, list], history: list, plan: tuple
+        self, recipe, prompts: nn.Module, tuned_names: list[str], all_names: list[str],
+        history: list, plan: tuple,
     ) -> None:
-        """Saves tuned prompts with what it takes to use them, and pictures of history and plan.
-
-        names: of the classes that were tuned on, and of all classes of the data set.
-        """
+        """Saves tuned prompts with what it takes to use them, and pictures of history and plan."""
         if self.writes:
             content = {name: p.detach().cpu() for name, p in prompts.named_parameters()}
-            content |= {"recipe": dataclasses.asdict(recipe), "classnames": names[0]}
-            content["all_classnames"] = names[1]
+            content |= {"recipe": dataclasses.asdict(recipe), "classnames": tuned_names}
+            content["all_classnames"] = all_names
             settings = self.metrics["settings"]
             content |= {"flags": {flag: settings[flag] for flag in ORIGIN}}
             content |= {"fingerprint": settings["fingerprint"]}
@@ -315,9 +313,15 @@ def read_prompts(path: str | os.PathLike, recipe: type, fingerprint: str | None 
         if not isinstance(saved["flags"].get(flag), str | None):
             raise ValueError(f"{path} does not fit: its flag {flag} is no text")
     if fingerprint not in (None, saved["fingerprint"]):
-        raise ValueError(f"the prompts in {path} were tuned for other weights: {saved['flags']['model']}")
+        model = saved["flags"]["model"]
+        raise ValueError(f"the prompts in {path} were tuned for other weights: {model}")
     known = {f.name: saved["recipe"].get(f.name, f.default) for f in fields}
     return saved | {"recipe": recipe(**known)}
+
+
+def of_model(flags: dict) -> dict:
+    """Of a prompts.pt's flags those that do not speak of its data."""
+    return {flag: flags[flag] for flag in ("model", "activation")}
 
 
 def restore(holder, state: dict, path: str | os.PathLike) -> None:

@@ -752,10 +752,10 @@ def test_download(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot download FGVCAircraft .*\(no route to host\)$"):
         data.download("FGVCAircraft", tmp_path)
     monkeypatch.setattr(torchvision.datasets, "FGVCAircraft", fetched)
-    home = data.download("fgvc_aircraft", tmp_path)
+    home = Path(data.download("fgvc_aircraft", tmp_path))
     assert home == tmp_path / "fgvc_aircraft" and len(data.load_dataset(home).train) == 3
     assert list(tmp_path.iterdir()) == [home]  # nothing left lying about
-    assert data.download("FGVCAircraft", tmp_path) == home  # is there already
+    assert data.download("FGVCAircraft", tmp_path) == str(home)  # is there already
     with pytest.raises(ValueError, match="UCF101 cannot be downloaded"):
         data.download("UCF101", tmp_path)
     (home / "images_variant_val.txt").write_text("003 Concorde\n")
