@@ -12,6 +12,7 @@ Rows go to demo/results/orders.json as they are measured, and what is there is n
 import argparse
 import random
 import statistics
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -84,4 +85,7 @@ def column(rows: list[dict], method: str, name: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
