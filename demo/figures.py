@@ -8,6 +8,7 @@ what a colour says is also written. Drawings are measured in pixels from the upp
 the width of the README's column.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +19,14 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # promptot.py lies beside this folder
-from promptot import sinkhorn  # noqa: E402
+from promptot import Recipe, sinkhorn  # noqa: E402
+from study import find  # noqa: E402
 
 # Text as outlines looks the same everywhere; a fixed salt gives the same file on every run;
 # pictures that are pasted into one would be moved to whole pixels.
@@ -198,6 +201,127 @@ def draw_matrix(ax: Axes, x: float, y: float, values: np.ndarray, colour: str) -
 
 
 # --------------------------------------------------------------------------------------------------
+# Measured: the rows that study.py and orders.py left in demo/results/
+
+METHODS = {  # colour, marker, words
+    "zero-shot": (BLACK, "D", "zero-shot"),
+    "none": (VERMILLION, "s", "tuned, no regulariser"),
+    "pointwise": (SKY, "^", "tuned, point-wise"),
+    "ot": (BLUE, "o", "tuned, OT"),
+}
+BATCHES = {4: (BLUE, "o", "-"), 16: (VERMILLION, "s", "--"), 64: (GREEN, "^", ":")}
+
+
+def demo() -> Figure:
+    """Accuracy over three seeds; HM against that of zero-shot in eight orders of the classes."""
+    figure = Figure(figsize=(830 / 96, 370 / 96))
+    left, right = figure.subplots(1, 2, width_ratios=(8, 5))
+    figure.subplots_adjust(left=0.045, right=0.985, top=0.81, bottom=0.13, wspace=0.13)
+    draw_seeds(left)
+    draw_orders(right)
+    handles = [Line2D([], [], color=colour, marker=marker, ms=7, ls="none", label=words)
+               for colour, marker, words in METHODS.values()]
+    figure.legend(handles=handles, loc="upper center", ncols=4, frameon=False, fontsize=10)
+    return figure
+
+
+def draw_seeds(ax: Axes) -> None:
+    rows = default_rows("study.json")
+    for i, (method, (colour, marker, _)) in enumerate(METHODS.items()):
+        for x, name in enumerate(("base", "novel", "hm")):
+            middle, spread = mean_and_deviation([r[name] for r in find(rows, {"reg": method})])
+            at = x + 0.23 * (i - 1.5)
+            ax.errorbar(at, middle, spread, color=colour, marker=marker, ms=7, capsize=4)
+            ax.annotate(f"{middle:.1f}", (at, middle + spread), (0, 7), ha="center", size=9,
+                        textcoords="offset points")
+    panel(ax, "Accuracy in % (axis from 80): mean and sd of 3 seeds")
+    ax.set(ylim=(80, 98), xlim=(-0.5, 2.5), xticks=range(3))
+    ax.set_xticklabels(["base classes", "novel classes", "harmonic mean (HM)"])
+
+
+def draw_orders(ax: Axes) -> None:
+    """A point for each order; those of one order are joined."""
+    rows = default_rows("orders.json")
+    hm = {method: np.array([row["hm"] for row in find(rows, {"reg": method})])
+          for method in METHODS}
+    tuned = ["none", "pointwise", "ot"]
+    gains = np.stack([hm[method] - hm["zero-shot"] for method in tuned])  # (methods, orders)
+    ax.axhline(0, color=BLACK, lw=1, ls="-.")
+    ax.plot(gains, color=PALE, lw=1, zorder=1)
+    for x, method in enumerate(tuned):
+        colour, marker, _ = METHODS[method]
+        ax.plot([x] * gains.shape[1], gains[x], color=colour, marker=marker, ms=7, mec=WHITE,
+                ls="none")
+        ax.plot([x - 0.25, x + 0.25], [gains[x].mean()] * 2, color=colour, lw=3, zorder=1)
+    panel(ax, "HM minus zero-shot's: 8 class orders")
+    ax.set(xlim=(-0.5, 2.5), ylim=(-7, 5), xticks=range(3))
+    means = [f"{gain:+.1f}".replace("-", "−") for gain in gains.mean(axis=1)]
+    ax.set_xticklabels([f"{x}\nmean {y}" for x, y in zip(("none", "point-wise", "OT"), means)])
+
+
+def study() -> Figure:
+    """Off-diagonal mass of the plan, base and novel over epsilon, a line for each batch size."""
+    figure = Figure(figsize=(830 / 96, 340 / 96))
+    panels = zip(figure.subplots(1, 3), ("off_diagonal", "base", "novel"))
+    figure.subplots_adjust(left=0.045, right=0.99, top=0.79, bottom=0.14, wspace=0.15)
+    rows = read("study.json")
+    for ax, name in panels:
+        draw_over_epsilon(ax, rows, name)
+        if name == "off_diagonal":
+            panel(ax, "Mass off the plan's diagonal in %")
+        else:
+            panel(ax, f"{name.capitalize()} accuracy in %, 3 seeds ± sd")
+            ax.set(ylim=(50, 100))
+            ax.axhline(find(rows, {"reg": "zero-shot"})[0][name], color=BLACK, lw=1, ls="-.")
+    handles = [Line2D([], [], color=colour, marker=marker, ls=line, label=f"batch {size}")
+               for size, (colour, marker, line) in BATCHES.items()]
+    handles += [Line2D([], [], color=BLACK, lw=1, ls="-.", label="zero-shot")]
+    figure.legend(handles=handles, loc="upper center", ncols=4, frameon=False, fontsize=10)
+    return figure
+
+
+def draw_over_epsilon(ax: Axes, rows: list[dict], name: str) -> None:
+    """At the left of the lines point-wise matching, which epsilon 0 tends to; at the right none."""
+    epsilons = sorted({row["epsilon"] for row in rows if row["reg"] == "ot"})
+    plans = [{"reg": "pointwise"}, *({"epsilon": epsilon} for epsilon in epsilons)]
+    plans += [{"reg": "none"}] if name != "off_diagonal" else []
+    for i, (size, (colour, marker, line)) in enumerate(BATCHES.items()):
+        groups = [find(rows, {"batch_size": size, **plan}) for plan in plans]
+        at = np.arange(len(plans)) + 0.16 * (i - 1)
+        middle, spread = np.transpose(
+            [mean_and_deviation([row[name] for row in seeds]) for seeds in groups])
+        ax.errorbar(at, middle, spread, color=colour, marker=marker, ms=5, ls="none")
+        ax.plot(at[1:][: len(epsilons)], middle[1:][: len(epsilons)], color=colour, ls=line)
+    ax.set(xlim=(-0.7, len(epsilons) + 1.5), xticks=range(len(plans)))
+    labels = [f"{epsilon:g}\n" for epsilon in epsilons]
+    labels[len(labels) // 2] += "epsilon"
+    ax.set_xticklabels(["\npoint-wise", *labels, "\nnone"][: len(plans)])
+
+
+def panel(ax: Axes, title: str) -> None:
+    ax.set_title(title, size=10, loc="left", pad=8)
+    ax.tick_params(labelsize=9)
+    ax.grid(axis="y", color=PALE, lw=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def read(name: str) -> list[dict]:
+    return json.loads((HERE / "results" / name).read_text(encoding="utf-8"))
+
+
+def default_rows(name: str) -> list[dict]:
+    """Those whose batch size and epsilon are the recipe's."""
+    size, epsilon = Recipe().batch_size, Recipe().epsilon
+    return [row for row in read(name)
+            if row.get("batch_size", size) == size and row.get("epsilon", epsilon) == epsilon]
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+
+
+# --------------------------------------------------------------------------------------------------
 # Shapes
 
 
@@ -226,3 +350,5 @@ def show(ax: Axes, x, y, side, picture: np.ndarray) -> None:
 
 if __name__ == "__main__":
     save(method(), "method.svg")
+    save(demo(), "demo.svg")
+    save(study(), "study.svg")
