@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import MEAN, STD, available_models, find, read_weights
+from weights import MEAN, STD, available_models, find, read_weights  # noqa: F401
 
 # ---- Tokenizer: byte-pair encoding over bytes, lower case ----------------------------------------
 
@@ -368,6 +368,8 @@ class CLIP(nn.Module):
                     **options,
                 )
             model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+            if len(state["token_embedding.weight"]) < 49408:
+                raise ValueError("its vocabulary is smaller than that of CLIP's tokenizer")
         except KeyError as e:
             found = ", ".join(list(state)[:3]) or "nothing"
             raise ValueError(f"no CLIP with a vision transformer: no {e} (found {found})") from None

@@ -223,7 +223,7 @@ class PromptOT(nn.Module):
         self.classnames, n_ctx = list(classnames), self.prompts.text.shape[1]
         # Prompts take the places of "a photo of a"; if there are more, of placeholders, too.
         template = TEMPLATE.replace(" {}", " x" * max(0, n_ctx - 4) + " {}")
-        tokens = tokenize([template.format(name) for name in classnames])
+        tokens = tokenize([template.format(n) for n in classnames], self.clip.context_length)
         self.texts = pack(tokens, n_ctx).to(self.prompts.text.device)
         self.text0 = self.frozen_text_features()
         return self
@@ -242,7 +242,7 @@ class PromptOT(nn.Module):
         """t0 (C, D) of the classes: a zero-shot classifier."""
         with self.autocast():
             texts = [template.format(name) for name in self.classnames]
-            return unit(self.clip.encode_text(tokenize(texts)))
+            return unit(self.clip.encode_text(tokenize(texts, self.clip.context_length)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) -> logits (B, C)."""

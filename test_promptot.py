@@ -4,9 +4,14 @@
 """
 
 import ast
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import errno
+import functools
+import hashlib
+import http.server
 import itertools
 import json
 import math
@@ -18,6 +23,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -33,10 +40,12 @@ import data
 import promptot
 import report
 import runs
+import weights
 from clip_model import CLIP, load, pack, tokenize
 from promptot import (
     PromptLearner, PromptOT, Recipe, learning_rate, main, ot_loss, sinkhorn, transport_cost, unit,
 )
+from weights import read_tensors, read_weights
 
 torch.set_num_threads(1)  # for models this small, threads only wait for each other
 HERE = Path(__file__).parent
@@ -416,6 +425,395 @@ def test_gelu_and_other_heads_are_other_models():
     assert len({clip_model.fingerprint(small_clip(**o)) for o in options}) == len(options)
 
 
+# ---- Reading weights: what files hold ------------------------------------------------------------
+
+
+def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, **header_changes) -> None:
+    """8 bytes with the header's length, the header (JSON), the numbers."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for key, t in tensors.items():
+        raw = bytes(t.contiguous().flatten().view(torch.uint8).tolist())
+        header[key] = {"dtype": names[t.dtype], "shape": list(t.shape),
+                       "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header | header_changes).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def as_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """OpenAI's keys -> those of transformers' CLIPModel."""
+    names = {
+        "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight",
+        "conv1": "embeddings.patch_embedding", "class_embedding": "embeddings.class_embedding",
+        "token_embedding": "embeddings.token_embedding", "ln_pre": "pre_layrnorm",
+        "positional_embedding": "embeddings.position_embedding.weight", "ln_1": "layer_norm1",
+        "ln_post": "post_layernorm", "ln_final": "final_layer_norm", "ln_2": "layer_norm2",
+        "transformer.resblocks": "encoder.layers", "attn.": "self_attn.", "c_fc": "fc1",
+        "c_proj": "fc2",
+    }
+    result = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    for key, tensor in state.items():
+        tower = "vision_model." if key.startswith("visual.") else "text_model."
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        if "logit" not in key and "projection" not in key:
+            key = tower + key.removeprefix("visual.")
+        result[key] = tensor.T if "projection" in key else tensor
+        if "in_proj_" in key:
+            for part, third in zip("qkv", result.pop(key).chunk(3)):
+                result[key.replace("in_proj_", f"{part}_proj.")] = third.clone()
+    return result
+
+
+LAYOUTS = {
+    "OpenAI's": lambda state: state | {"input_resolution": torch.tensor(32)},
+    "open_clip's": lambda state: state | {"logit_scale": state["logit_scale"][None]},
+    "text. before the text tower": lambda state: {
+        k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in state.items()
+    },
+    "training checkpoint": lambda state: {
+        "epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()},
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "groups": [{"betas": (0.9, 1.0)}]},
+    },
+    "transformers'": as_transformers,
+}
+
+
+@pytest.fixture(scope="module")
+def state(clip) -> dict[str, torch.Tensor]:
+    small = {k: v.half() for k, v in clip.state_dict().items()}
+    return small | {"token_embedding.weight": small["token_embedding.weight"][:50].clone()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert tensor.dtype == expected[key].dtype and torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_openais_keys(state, tmp_path, layout, file):
+    if layout == "training checkpoint" and file == "model.safetensors":
+        pytest.skip("safetensors holds tensors only")
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = {k: v.to(dtype) for k, v in state.items()}
+        save = torch.save if file.endswith("bin") else save_safetensors
+        save(LAYOUTS[layout](expected), tmp_path / file)
+        for path in (tmp_path, tmp_path / file):
+            assert_same(read_weights(path).state, expected)
+    assert bool(read_weights(tmp_path).notes) == (layout != "OpenAI's")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_archives_are_read_without_torch_jit(tmp_path, monkeypatch):
+    class Layer(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(5, 6)
+            self.transposed = torch.nn.Parameter(torch.randn(6, 5).half().T)  # not contiguous
+            self.register_buffer("count", torch.tensor([7]))
+            self.numbers = [1, 2]
+
+    module = torch.nn.Sequential(Layer(), torch.nn.Sequential(Layer()))
+    torch.jit.script(module).save(str(tmp_path / "model.pt"))
+    monkeypatch.setattr(torch.jit, "load", None)
+    layers = read_tensors(tmp_path / "model.pt")
+    for name, expected in module.state_dict().items():
+        found = functools.reduce(lambda layer, attribute: layer[attribute], name.split("."), layers)
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_what_torch_save_wrote_comes_back(tmp_path):
+    saved = {"a": [1, -2.5, "x", None, True, [10**12, []]], 0: {"t": torch.randn(3, 4).T},
+             "parameter": torch.nn.Parameter(torch.ones(2))}
+    torch.save(saved, tmp_path / "saved.pt")
+    read = read_tensors(tmp_path / "saved.pt")
+    assert read["a"] == saved["a"] and read.keys() == saved.keys()
+    assert torch.equal(read[0]["t"], saved[0]["t"]) and torch.equal(read["parameter"], torch.ones(2))
+
+
+def test_activation_heads_and_colours_come_from_the_config_beside(state, tmp_path):
+    def write(name, **config):
+        (tmp_path / name).write_text(json.dumps(config))
+
+    torch.save(as_transformers(state), tmp_path / "pytorch_model.bin")
+    write("config.json", text_config={"hidden_act": "gelu"}, vision_config={
+        "hidden_act": "gelu", "hidden_size": 128, "num_attention_heads": 4})
+    write("preprocessor_config.json", image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    assert read_weights(tmp_path)[1:] == ("gelu", 32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ())
+    assert read_weights(tmp_path, "quickgelu").activation == "quickgelu"
+    with pytest.raises(ValueError, match="relu"):
+        read_weights(tmp_path, "relu")
+    torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
+    write("open_clip_config.json", model_cfg={"quick_gelu": True, "vision_cfg": {"head_width": 32}},
+          preprocess_cfg={"mean": [0.5] * 3, "std": [0.2] * 3})
+    assert read_weights(tmp_path)[1:] == ("quickgelu", 32, (0.5,) * 3, (0.2,) * 3, ())
+    write("open_clip_config.json")
+    guessed = read_weights(tmp_path)
+    assert guessed[1:3] == ("gelu", 64) and "--activation quickgelu" in guessed.notes[0]
+    (tmp_path / "open_clip_config.json").unlink()
+    guessed = read_weights(tmp_path)
+    assert guessed[1:3] == ("quickgelu", 64) and "--activation gelu" in guessed.notes[0]
+    assert read_weights(tmp_path, "gelu")[1:] == ("gelu", 64, weights.MEAN, weights.STD, ())
+
+
+def assert_refused(read, path: Path, complaint: str = "") -> None:
+    """In one line that names the file."""
+    with pytest.raises(ValueError) as error:
+        read(path)
+    message = str(error.value)
+    assert path.name in message and complaint in message and "\n" not in message, message
+
+
+@pytest.mark.parametrize("config, complaint", [
+    ({"model_type": "siglip"}, "siglip"), ({"text_config": {"layer_norm_eps": 1e-6}}, "eps 1e-06"),
+    ({"vision_config": {"hidden_act": "relu"}}, "relu"), ({"vision_config": [1]}, "list"),
+    ({"vision_config": {"hidden_act": "gelu"}}, "quick_gelu"),  # what is absent in text_config
+    ({"vision_config": {"num_attention_heads": 0}}, "zero"), ({"model_cfg": [1]}, "list"),
+    ({"model_cfg": {"vision_cfg": {"head_width": -1}}}, "-1"), ("[" * 10**5, "recursion"),
+    ({"preprocess_cfg": {"std": [0, 1, 1]}}, "(0, 1, 1)"), ("{", "config.json: Expecting"),
+    ({"preprocess_cfg": {"mean": ["x"] * 3}}, "'str'"), ({"preprocess_cfg": {"mean": 1}}, "int"),
+])
+def test_configs_that_are_not_supported_are_refused_by_name(state, tmp_path, config, complaint):
+    is_open_clip = "_cfg" in str(config)
+    torch.save(state if is_open_clip else as_transformers(state), tmp_path / "model.bin")
+    file = tmp_path / ("open_clip_config.json" if is_open_clip else "config.json")
+    file.write_text(config if isinstance(config, str) else json.dumps(config))
+    assert_refused(read_weights, tmp_path / "model.bin", complaint)
+
+
+ONES = torch.ones(128, 16)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"visual.trunk.x": ONES}, "timm"), ({"visual.attnpool.x": ONES}, "ResNet"),
+    ({"visual.attn_pool.x": ONES}, "CoCa"), ({"logit_bias": ONES}, "SigLIP"),
+    ({"text.transformer.embeddings.x": ONES}, "another text tower"),
+    ({"visual.proj": ONES.log() / 0}, "finite"), ({"visual.proj": ONES.long()}, "finite"),
+    ({"visual.proj": ONES / 0}, "finite"), ({"visual.proj": ONES.to_sparse()}, "sparse"),
+    ({"visual.proj": ONES[:0]}, ""), ({f"{i}": ONES.expand(9999, 128, 16) for i in range(9)}, ""),
+    ({"a.q_proj.bias": ONES}, "a.k_proj.bias"), ({(1, 2): 3}, "unhashable"),
+    ({f"transformer.resblocks.{i}.ln_1.bias": ONES[0] for i in range(9999)}, "blocks"),
+    ({"visual.conv1.weight": torch.ones(128, 4, 8, 8)}, "conv1"), ({"visual.proj": {}}, "visual.proj"),
+    ({"ln_final.bias": None}, "ln_final.bias"), ({"more": ONES}, "more"), ({"visual.proj": 0}, ""),
+    ({"visual.proj": ONES[0]}, "visual.proj"), ({"visual.class_embedding": ONES[0, 0]}, ""),
+])
+def test_state_dicts_that_are_no_clip_are_refused_by_name(state, tmp_path, change, complaint):
+    torch.save(state | change, tmp_path / "model.pt")
+    assert_refused(load, tmp_path / "model.pt", complaint)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def archive(path: str, pickled: bytes, members: dict[str, bytes] = {}, **how) -> None:
+    with zipfile.ZipFile(path, "w", **how) as z:
+        for name, content in ({"a/data.pkl": pickled} | members).items():
+            z.writestr(name, content)
+
+
+def tensor_pickle(size=(2, 3), stride=(3, 1), offset=0, kind="FloatStorage") -> bytes:
+    """What torch.save writes of {"x": tensor}, with freely chosen places, by protocol 2."""
+    def put(x):
+        return (b"(" + b"".join(map(put, x)) + b"t" if isinstance(x, tuple) else
+                b"\x8a\x08" + struct.pack("<q", x) if isinstance(x, int) else
+                b"X" + struct.pack("<I", len(x)) + x.encode())
+    storage = b"(" + put("storage") + f"ctorch\n{kind}\n".encode() + put("0") + put("cpu")
+    return (b"\x80\x02}" + put("x") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
+            + put(6) + b"tQ" + put(offset) + put(size) + put(stride) + b"\x89NtRs.")
+
+
+def test_hostile_files_are_refused_and_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    numbers = {"a/data/0": struct.pack("<6f", *range(6))}
+    archive("honest.pt", tensor_pickle(), numbers)
+    assert read_tensors("honest.pt")["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    Path("honest.pt").unlink()
+    for i, lie in enumerate([
+        {"size": (2, 4)}, {"size": (10**6, 10**6), "stride": (0, 0)}, {"stride": (-3, 1)},
+        {"offset": -1}, {"offset": 1}, {"offset": 2**62}, {"size": "ab"}, {"size": (2**62, 4)},
+        {"size": (2,)}, {"size": (1,) * 70, "stride": (1,) * 70}, {"size": ((1, 2), 2**40)},
+        {"size": (-1, -1)}, {"kind": "UntypedStorage"}, {"kind": "LongStorage"},
+    ]):
+        archive(f"lie{i}.pt", tensor_pickle(**lie), numbers)
+    archive("code.pt", pickle.dumps(Malicious(), protocol=2))
+    Path("pickle.pt").write_bytes(pickle.dumps({"a": Malicious()}))
+    tuples = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) + b"0"
+                      for i in range(60))
+    archive("hash.pt", b"\x80\x02)q\x00" + tuples + b"}h\x3cNs.")  # would take 2^60 steps
+    archive("deep.pt", b"\x80\x02" + b"]" * 10**5 + b".")
+    archive("bomb.pt", tensor_pickle(), {"a/data/0": bytes(2**28)}, compression=8)  # deflated
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile("twice.pt", "w") as z:
+        for name in ("a/data/0", "a/data/0", "a/data.pkl"):
+            z.writestr(name, numbers.get(name, tensor_pickle()))
+    torch.save([1, 2], "list.pt")
+    torch.save({"a": 1}, "old.pt", _use_new_zipfile_serialization=False)
+    x = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    for i, lie in enumerate([
+        x | {"shape": [2, 2]}, x | {"shape": [-2, -3]}, x | {"shape": "6"}, x | {"dtype": "F4"},
+        x | {"shape": [[9], 2**40]}, x | {"data_offsets": [0, 2**50]}, 5, [x], {}, None,
+        x | {"shape": [0, 2**50], "data_offsets": [0, 0]}, x | {"data_offsets": [28, 4]},
+    ]):
+        save_safetensors({"x": torch.ones(2, 3)}, Path(f"lie{i}.safetensors"), x=lie)
+    save_safetensors({"x": torch.ones(2, 3)}, Path("again.safetensors"), y=x)
+    Path("long.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{" + bytes(99))
+    Path("deep.safetensors").write_bytes(struct.pack("<Q", 10**6) + b'{"a":' + b"[" * 10**6)
+    Path("text.pt").write_text("hello")
+    Path("empty.pt").write_bytes(b"")
+    for path in tmp_path.iterdir():
+        assert_refused(read_tensors, path)
+    assert not Path("hacked").exists()
+
+
+@pytest.mark.parametrize("file", ["model.pt", "model.safetensors"])
+def test_damage_is_noticed_or_harmless(state, tmp_path, file):
+    """An archive has checksums; in a safetensors file, a name or a number may be another."""
+    path, generator = tmp_path / file, random.Random(0)
+    torch.save(state, path) if file == "model.pt" else save_safetensors(state, path)
+    whole = path.read_bytes()
+    end = len(whole) if file == "model.pt" else 8 + struct.unpack("<Q", whole[:8])[0]
+    for _ in range(60):
+        place = generator.choice([generator.randrange(end), len(whole) - generator.randrange(3000)])
+        flipped = bytes([whole[place % end] ^ 1 << generator.randrange(8)])
+        for damaged in (whole[:place], whole[: place % end] + flipped + whole[place % end + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                found = read_weights(path).state
+                assert file != "model.pt" or not assert_same(found, state)
+            except ValueError as e:
+                assert file in str(e) and "\n" not in str(e)
+
+
+# ---- Reading weights: where they are found -------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves one file in the ways that the first part of the path says: /good/..., /stall/..."""
+
+    content, requests = b"", []
+
+    def do_GET(self):
+        fault, moved = self.path.split("/")[1], self.path.endswith("moved")
+        self.requests.append(self.path)
+        if fault == "missing":
+            return self.send_error(404)
+        self.send_response(200 if moved else 302)
+        if not moved:
+            self.send_header("Location", self.path + "/moved")
+            if fault != "unstated":
+                sha256 = hashlib.sha256(self.content + b"?" * (fault == "wrong")).hexdigest()
+                self.send_header("X-Linked-Etag", f'"{sha256}"')
+        length = len(self.content) - 9 * (fault == "short")
+        self.send_header("Content-Length", str(length * moved))
+        self.end_headers()
+        if moved:
+            self.wfile.write(self.content[:100] if fault in ("cut", "stall") else self.content)
+            time.sleep(1.5 * (fault == "stall"))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(state, tmp_path, monkeypatch):
+    """A function that sets the faults of the hub and of OpenAI's hosts; the home is empty."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    root = f"http://127.0.0.1:{server.server_port}"
+
+    def set_up(hub: str, *hosts: str) -> None:
+        monkeypatch.setenv("HF_ENDPOINT", f"{root}/{hub}")
+        monkeypatch.setattr(weights, "HOSTS", [f"{root}/{host}" for host in hosts])
+
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setattr(weights, "TIMEOUT", 0.3)
+    monkeypatch.setattr(Hub, "requests", [])
+    torch.save(state, tmp_path / "x")
+    monkeypatch.setattr(Hub, "content", (tmp_path / "x").read_bytes())
+    sha256 = hashlib.sha256(Hub.content).hexdigest()
+    monkeypatch.setitem(weights.MODELS, "ViT-B/16", (sha256, *weights.MODELS["ViT-B/16"][1:]))
+    yield set_up
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_hub_comes_first_and_then_the_cache(hub, tmp_path, capsys):
+    hub("good", "good")
+    path = weights.find("ViT-B/16")
+    assert path.read_bytes() == Hub.content and tmp_path / ".cache" / "clip" in path.parents
+    assert read_weights(path).notes == ()  # whose file it is, is known: nothing is guessed
+    url = "/good/timm/vit_base_patch16_clip_224.openai/resolve/main/open_clip_model.safetensors"
+    assert Hub.requests == [url, f"{url}/moved"] and url in capsys.readouterr().err
+    assert weights.find("ViT-B/16") == path and len(Hub.requests) == 2
+
+
+FAULTS = {"missing": "404", "wrong": "SHA-256", "unstated": "no SHA-256", "cut": "",
+          "short": "SHA-256", "stall": "timed out"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_the_hub_lead_to_openai_and_then_to_one_line(hub, tmp_path, fault):
+    hub(fault, "missing", "good")
+    path = weights.find("ViT-B/16", tmp_path / "a")
+    assert path.name == "ViT-B-16.pt" and path.read_bytes() == Hub.content
+    hub(fault, "missing", "missing")
+    assert FAULTS[fault] in failure_to_find("ViT-B/16", tmp_path / "b")
+
+
+def failure_to_find(name: str, folder: Path) -> str:
+    """One line, and no files are left."""
+    with pytest.raises((ValueError, OSError)) as error:
+        weights.find(name, folder)
+    message = str(error.value)
+    assert "\n" not in message and not [path for path in folder.rglob("*") if path.is_file()]
+    assert name not in weights.MODELS or message.count("http://") == 3 and "--model" in message
+    return message
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(hub, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left")
+
+    hub("good", "good", "good")
+    monkeypatch.setattr(Path, "replace", full)
+    assert "No space left" in failure_to_find("ViT-B/16", tmp_path / "a")
+
+
+def test_two_first_runs_at_once(hub, tmp_path):
+    hub("good", "good")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(weights.find, ["ViT-B/16"] * 8, [tmp_path / "a"] * 8))
+    assert [p.read_bytes() for p in paths] == [Hub.content] and {*(tmp_path / "a").iterdir()} == paths
+
+
+def test_what_other_programs_have_put_on_the_disk_is_found(hub, tmp_path, monkeypatch):
+    hub("missing")
+    openai = tmp_path / ".cache" / "clip" / "ViT-B-16.pt"
+    openai.parent.mkdir(parents=True)
+    openai.write_bytes(Hub.content[:-9])  # as an interrupted download leaves it
+    with pytest.raises(OSError):
+        weights.find("ViT-B/16")
+    openai.write_bytes(Hub.content)
+    assert weights.find("ViT-B/16") == openai
+    openai.unlink()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    timm = "timm/vit_base_patch16_clip_224.openai"
+    for repository, file in [("openai/clip-vit-base-patch16", "pytorch_model.bin"),
+                             (timm, "model.safetensors"), (timm, "open_clip_model.safetensors")]:
+        folder = tmp_path / "hf" / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots"
+        (folder / "abc").mkdir(parents=True, exist_ok=True)
+        (folder / "abc" / file).write_bytes(Hub.content)
+        if file != "model.safetensors":  # timm's own, without a text tower
+            assert weights.find("ViT-B/16") == folder / "abc" / file == weights.find(repository)
+    assert read_weights(weights.find("ViT-B/16")).notes == ()  # known: no config is needed
+    assert weights.find("~/hf") == tmp_path / "hf"
+    for name in ("ViT-B/17", "openai/none", "~nobody/x", "a\0b", "x" * 999):
+        failure_to_find(name, tmp_path / "a")
 # ---- Prompts and objective -----------------------------------------------------------------------
 
 NAMES = ["cat", "dog", "great white shark"]

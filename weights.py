@@ -4,12 +4,13 @@
     weights = read_weights("clip.safetensors")   # a file, or a folder with weights and a config
 
 Whatever the layout, `weights.state` has the keys of OpenAI's state dicts. No code that a file may
-hold is run. This file knows no model, only the names and ranks of its tensors; it stands alone.
+hold is run. This file knows names of tensors, but no model; it can be copied alone.
 """
 
 import hashlib
 import json
 import math
+import mmap
 import os
 import pickletools
 import secrets
@@ -17,17 +18,16 @@ import sys
 import time
 import urllib.request
 import zipfile
-from collections.abc import Callable
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from urllib.error import URLError
 
 import torch
 from torch import Tensor
 
-# --------------------------------------------------------------------------------------------------
-# Finding a model's file: caches, then the hub, then OpenAI
+
+# ---- Finding a model's file: caches, then the hub, then OpenAI -----------------------------------
 
 MODELS = {  # name -> SHA-256 of OpenAI's archive, the hub's repositories: timm/<>.openai, openai/<>
     "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
@@ -40,11 +40,9 @@ MODELS = {  # name -> SHA-256 of OpenAI's archive, the hub's repositories: timm/
                        "vit_large_patch14_clip_336", "clip-vit-large-patch14-336"),
 }
 HOSTS = ("https://openaipublic.azureedge.net", "https://openaipublic.blob.core.windows.net")
-HUB_FILES = (  # open_clip's first: where timm has both, its model.safetensors is no CLIP
-    "open_clip_model.safetensors", "model.safetensors",
-    "open_clip_pytorch_model.bin", "pytorch_model.bin",
-)
-TIMEOUT = 30  # seconds
+HUB_FILES = ("open_clip_model.safetensors", "model.safetensors",  # in this order: where timm has
+             "open_clip_pytorch_model.bin", "pytorch_model.bin")  # both, its second is no CLIP
+TIMEOUT = 30  # seconds without a byte
 
 
 def available_models() -> list[str]:
@@ -55,69 +53,45 @@ def available_models() -> list[str]:
 def find(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Path:
     """The file or folder that holds a model's weights.
 
-    name: one of `available_models()`, looked for in `cache_dir` (~/.cache/clip) and in the Hugging
-    Face hub's cache, else downloaded into `cache_dir`; or a path; or the name of a repository that
-    is in the hub's cache. Raises ValueError (unknown name) or OSError (download, disk).
+    name: one of `available_models()`, looked for in `cache_dir` (~/.cache/clip) and in the cache of
+    the Hugging Face hub, else downloaded into `cache_dir`; or a path; or a repository in the hub's
+    cache. Raises ValueError (unknown name) or OSError (download, disk).
     """
-    if name in MODELS:
-        folder = Path(os.path.expanduser(cache_dir or "~/.cache/clip"))
-        return _in_caches(name, folder) or _download(name, folder)
-    path = Path(os.path.expanduser(name))
-    if os.path.isfile(path) or os.path.isdir(path):
-        return path
-    if file := _in_hub_cache(str(name)):
-        return file
-    raise ValueError(f"unknown model {str(name)!r}: neither one of {', '.join(MODELS)}, nor a file "
-                     "or folder, nor a repository with weights in the Hugging Face hub's cache")
-
-
-def _in_caches(name: str, folder: Path) -> Path | None:
-    """Weights of a published model that are on the disk, whichever program put them there."""
-    _, timm, openai = MODELS[name]
-    hub_file, archive = _cache_files(name, folder)
+    if name not in MODELS:
+        path = Path(os.path.expanduser(name))
+        if found := path if os.path.exists(path) else _in_hub_cache(str(name)):
+            return found
+        raise ValueError(f"unknown model {str(name)!r}: no file or folder, no repository with "
+                         f"weights in the Hugging Face hub's cache, none of {', '.join(MODELS)}")
+    sha256, timm, openai = MODELS[name]
+    folder = Path(os.path.expanduser(cache_dir or "~/.cache/clip"))
+    hub_file = folder / f"timm--{timm}.openai.safetensors"
+    archive = folder / (name.replace("/", "-").replace("@", "-") + ".pt")
     if hub_file.is_file():
         return hub_file
     if zipfile.is_zipfile(archive):  # not if another program's download was interrupted
         return archive
-    return _in_hub_cache(f"timm/{timm}.openai", HUB_FILES[:1]) or _in_hub_cache(f"openai/{openai}")
-
-
-def _cache_files(name: str, folder: Path) -> tuple[Path, Path]:
-    """Where a published model is kept once downloaded: the hub's file, OpenAI's archive."""
-    archive = name.replace("/", "-").replace("@", "-") + ".pt"
-    return folder / _folder_name(f"timm/{MODELS[name][1]}.openai") / HUB_FILES[0], folder / archive
-
-
-def _folder_name(repository: str) -> str:
-    return "models--" + repository.replace("/", "--")  # as the hub's cache has it
-
-
-def _in_hub_cache(repository: str, files: tuple[str, ...] = HUB_FILES) -> Path | None:
-    """The first of `files` in the newest snapshot of a repository that has one."""
-    home = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
-    snapshots = Path(home, "hub", _folder_name(repository), "snapshots").glob("*")
-    newest_first = sorted(snapshots, key=os.path.getmtime, reverse=True)
-    return next((s / file for s in newest_first for file in files if (s / file).is_file()), None)
-
-
-def _download(name: str, folder: Path) -> Path:
-    """Tries the hub, then OpenAI's two hosts; an OSError says how each of them failed."""
-    sha256, timm, _ = MODELS[name]
-    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    hub_file, archive = _cache_files(name, folder)
+    if found := (_in_hub_cache(f"timm/{timm}.openai", HUB_FILES[:1])
+                 or _in_hub_cache(f"openai/{openai}")):
+        return found
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     sources = [(f"{hub}/timm/{timm}.openai/resolve/main/{HUB_FILES[0]}", hub_file, None)]
     sources += [(f"{host}/clip/models/{sha256}/{archive.name}", archive, sha256) for host in HOSTS]
     failures = []
     for url, path, known_sha256 in sources:
         try:
-            _fetch(url, path, known_sha256)
-            return path
-        except (URLError, ConnectionError, TimeoutError, HTTPException, ValueError) as e:
+            return _download(url, path, known_sha256)
+        except (OSError, HTTPException, ValueError) as e:
             failures.append(f"{url}: {_one_line(e)}")
-        except OSError as e:  # the disk's fault: the next source would only meet it again
-            raise OSError(f"cannot download to {folder}: {e.strerror or e}") from None
-    raise OSError(f"cannot download {name} ({'; '.join(failures)}); "
+    raise OSError(f"cannot download {name} to {folder} ({'; '.join(failures)}); "
                   "if you have the weights, pass their path as the model (--model PATH)")
+
+
+def _in_hub_cache(repository: str, files: tuple[str, ...] = HUB_FILES) -> Path | None:
+    """The first of `files` that the hub's cache has of a repository."""
+    home = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    folder = Path(home, "hub", "models--" + repository.replace("/", "--"), "snapshots")
+    return next((p for file in files for p in folder.glob(f"*/{file}") if p.is_file()), None)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -130,49 +104,30 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch(url: str, path: Path, sha256: str | None) -> None:
-    """Downloads to a temporary file, which gets its name only when its SHA-256 is right."""
+def _download(url: str, path: Path, sha256: str | None) -> Path:
+    """To a temporary file, which becomes `path` only when its SHA-256 is right."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # each process has its own
-    redirects = _Redirects()
+    redirects, digest, start = _Redirects(), hashlib.sha256(), time.monotonic()
     try:
         opener = urllib.request.build_opener(redirects)
         with opener.open(url, timeout=TIMEOUT) as response, part.open("xb") as file:
             sha256 = sha256 or redirects.sha256 or response.headers.get("X-Linked-Etag")
             if not sha256:
-                raise ConnectionError("no SHA-256 is stated, so the file could not be checked")
-            arrived = _copy(response, file, url)
-        if arrived != sha256.strip('"'):
-            raise ConnectionError(f"cut off, or another file: its SHA-256 is {arrived}")
-        try:
-            os.replace(part, path)
-        except PermissionError:  # Windows: another first run has it already, and is reading it
-            if not path.is_file():
-                raise
+                raise OSError("no SHA-256 is stated, so the file could not be checked")
+            total = int(response.headers.get("Content-Length") or 0)
+            print(f"downloading {url} ({total / 1e6:.0f} MB)", file=sys.stderr)
+            while chunk := response.read(2**18):
+                file.write(chunk)
+                digest.update(chunk)
+                if sys.stderr.isatty() and total:  # one line, written over and over
+                    left = (time.monotonic() - start) * (total / file.tell() - 1)
+                    sys.stderr.write(f"{file.tell() // 10**6} MB, {left:.0f} s left  \r")
+        if digest.hexdigest() != sha256.strip('"'):
+            raise OSError(f"cut off, or another file: its SHA-256 is {digest.hexdigest()}")
+        return part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _copy(response, file: BinaryIO, url: str) -> str:
-    """Writes a response to an open file with progress on stderr; the SHA-256 of what arrived."""
-    length = response.headers.get("Content-Length", "")
-    total = int(length) if length.isdecimal() else 0
-    print(f"downloading {url} ({total / 1e6:.0f} MB)", file=sys.stderr)
-    digest, done, start, shown = hashlib.sha256(), 0, time.monotonic(), 0.0
-    while chunk := response.read1(2**20):
-        file.write(chunk)
-        digest.update(chunk)
-        done += len(chunk)
-        seconds = time.monotonic() - start
-        if seconds > TIMEOUT and done < 1000 * seconds:
-            raise TimeoutError("less than 1 kB arrives per second")
-        if sys.stderr.isatty() and seconds > shown + 0.2:  # one line, written over and over
-            left = f", {seconds * (total - done) / done:.0f} s left" if total else ""
-            print(f"{done / 1e6:.0f} MB{left}  ", end="\r", file=sys.stderr, flush=True)
-            shown = seconds
-    file.flush()
-    os.fsync(file.fileno())  # or a power cut could leave the name without the content
-    return digest.hexdigest()
 
 
 def _one_line(e: Exception) -> str:
@@ -180,16 +135,12 @@ def _one_line(e: Exception) -> str:
     return kind + " ".join(str(e).split())[:300]
 
 
-# --------------------------------------------------------------------------------------------------
-# Files -> tensors
+# ---- Files -> tensors ----------------------------------------------------------------------------
 
-DTYPES = {  # torch's storages, and safetensors' names
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-    "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+DTYPES = {  # as torch's pickles name them, and safetensors' headers
+    "torch FloatStorage": torch.float32, "torch HalfStorage": torch.float16, "F32": torch.float32,
+    "torch BFloat16Storage": torch.bfloat16, "torch LongStorage": torch.int64, "F16": torch.float16,
+    "torch BoolStorage": torch.bool, "BF16": torch.bfloat16, "I64": torch.int64,
 }
 MAX_HEADER = 2**21  # bytes that describe the tensors of a file: enough for 15,000 of them
 SLACK = 2**27  # bytes by which tensors may exceed their file, which may be compressed
@@ -198,210 +149,128 @@ SLACK = 2**27  # bytes by which tensors may exceed their file, which may be comp
 def read_tensors(path: str | os.PathLike) -> dict:
     """What a file of weights holds, be it .safetensors or written by torch.save or torch.jit.save.
 
-    Tensors (on the CPU, in the file's dtype) in nested dicts, lists and tuples among str, int,
-    float, bool and None; a TorchScript module is the dict of its attributes.
+    Tensors (on the CPU, in the file's dtype) in nested dicts and lists, among str, int, float, bool
+    and None. Tuples have become lists, TorchScript's modules the dicts of their attributes.
     Raises OSError (cannot be opened) or ValueError (damaged, or of another kind).
     """
     with open(path, "rb") as file:
         try:
-            start = file.read(9)
+            read = _read_archive if file.read(2) == b"PK" else _read_safetensors
             file.seek(0)
-            if start.startswith(b"PK"):
-                return _read_archive(file)
-            if start.endswith(b"{"):
-                return _read_safetensors(file)
-            if start.startswith(b"\x80"):
-                raise ValueError("a bare pickle, or torch.save's format of before version 1.6; "
-                                 "load it with torch and save it again")
-            raise ValueError("neither .safetensors nor written by torch.save")
+            return read(file)
         except Exception as e:  # damage shows in many ways, and none of them has done any harm
             raise ValueError(f"{path}: damaged, or no weights: {_one_line(e)}") from e
 
 
-def _read_flat(file: BinaryIO, dtype: torch.dtype, count: int) -> Tensor:
-    """The next `count` elements of a file, (count,)."""
-    raw = bytearray(count * dtype.itemsize)  # writable, as torch.frombuffer wants it
-    if file.readinto(raw) != len(raw):
-        raise ValueError("the file ends early")
-    return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-
-
-def _unique(pairs: list[tuple]) -> dict:
-    """Pairs as a dict; a key that stands twice is refused."""
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
-
-
 def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
     """8 bytes: length of a JSON header; the header: dtype, shape, place of each tensor; bytes."""
-    length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER:
-        raise ValueError(f"its header claims {length} bytes")
-    header = json.loads(file.read(length), object_pairs_hook=_unique)
-    header.pop("__metadata__", None)
-    size = os.fstat(file.fileno()).st_size - file.tell()
-    state, place = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-        count = _count(shape)
-        if begin != place or end != begin + count * dtype.itemsize or end > size:
-            raise ValueError(f"{name[:80]!r} does not lie where it should")
-        state[name] = _read_flat(file, dtype, count).reshape(shape)
-        place = end
-    if place != size:
-        raise ValueError("more bytes than the tensors have")
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+        start = 8 + int.from_bytes(raw[:8], "little")
+        if start > MAX_HEADER:
+            raise ValueError("neither .safetensors nor of torch.save since version 1.6")
+        header, state, place = json.loads(raw[8:start]), {}, start
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            if not place == begin <= end <= len(raw):
+                raise ValueError(f"{name[:80]!r} does not lie where it should")
+            numbers = torch.frombuffer(bytearray(raw[begin:end]), dtype=DTYPES[entry["dtype"]])
+            state[name] = numbers.reshape(entry["shape"])
+            place = end
     return state
-
-
-def _count(shape: list[int] | tuple[int, ...]) -> int:
-    """Elements of a tensor, whose shape may be anything in a hostile file."""
-    if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
-        raise ValueError("a tensor has no possible shape")
-    return math.prod(shape)
 
 
 def _read_archive(file: BinaryIO) -> dict:
     """A zip that holds <root>/data.pkl and the storages that this names: <root>/data/<key>."""
     with zipfile.ZipFile(file) as archive:
-        sizes = _unique([(info.filename, info.file_size) for info in archive.infolist()])
-        if sum(sizes.values()) > os.fstat(file.fileno()).st_size + SLACK:
-            raise ValueError("it would unpack to many times its size")
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
         (pickled,) = (name for name in sizes if name.endswith("/data.pkl"))
-        if sizes[pickled] > MAX_HEADER:
-            raise ValueError(f"its data.pkl claims {sizes[pickled]} bytes")
+        too_large = sum(sizes.values()) > os.fstat(file.fileno()).st_size + SLACK
+        if too_large or sizes[pickled] > MAX_HEADER or len(sizes) < len(archive.infolist()):
+            raise ValueError("it would unpack to far more than it is, or names stand twice")
         storages = {}
 
-        def storage(_: str, dtype: torch.dtype, key: str, device: str, count: int) -> Tensor:
-            member = pickled.removesuffix(".pkl") + "/" + key
-            if count * dtype.itemsize != sizes[member]:
-                raise ValueError(f"{member} is not as large as it should be")
-            if member not in storages:
-                with archive.open(member) as raw:  # compares the checksum, too
-                    storages[member] = _read_flat(raw, dtype, count)
-            return storages[member].view(dtype)
+        def storage(_: str, dtype: torch.dtype, key: str, *__) -> Tensor:
+            if key not in storages:  # `read` compares the checksum, too
+                numbers = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{key}"))
+                storages[key] = torch.frombuffer(numbers, dtype=dtype)
+            return storages[key].view(dtype)
 
-        value = _unpickle(archive.read(pickled), storage)
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds no dict, but {type(value).__name__}")
-    return value
+        return {**_unpickle(archive.read(pickled), storage)}  # anything but a dict is an error
 
 
-class _Module(dict):
-    """A TorchScript module, as the dict of its attributes."""
-
-
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-NUMBERS_AND_TEXT = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
-EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-
-
-def _unpickle(data: bytes, storage: Callable[..., Tensor]) -> object:
-    """The value of a pickle that torch wrote, opcode by opcode.
-
-    Python's unpickler calls what a file names, and may hang on keys that are costly to hash. Here
-    nothing happens but what is written below and in `_named`; any other opcode is refused.
-    """
+def _unpickle(data: bytes, storage) -> object:
+    """The value of torch's pickle. Python's own unpickler would call whatever the file names."""
+    make = {  # opcode -> what makes a value of the items that it takes from the stack
+        "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+        "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": list,
+        "TUPLE": lambda *items: [*items],  # as a key, a nested tuple could take ages to hash
+        "APPEND": lambda target, *items: target.extend(items) or target,
+        "SETITEM": lambda target, *items: target.update(zip(items[::2], items[1::2])) or target,
+        "BUILD": lambda target, state: target.update(islice(state.items(), 999)) or target,
+        "REDUCE": lambda function, arguments: function(*arguments[:9]),  # or it could take ages
+        "NEWOBJ": lambda function, arguments: function(*arguments[:9]),
+        "BINPERSID": lambda arguments: storage(*arguments[:9]),
+    }
     stack, marks, memo = [], [], {}
     for opcode, arg, _ in pickletools.genops(data):
-        name, takes = opcode.name, opcode.stack_before
-        start = len(stack) - len(takes)
-        if pickletools.markobject in takes:  # all from the last mark on, and what stands before it
-            start = marks.pop() - takes.index(pickletools.markobject)
+        name = opcode.name.removeprefix("LONG_").rstrip("123S")  # variants differ in size alone
+        start = len(stack) - len(opcode.stack_before)
+        if pickletools.markobject in opcode.stack_before:  # from what stands before the last mark
+            start = marks.pop() - opcode.stack_before.index(pickletools.markobject)
         items = stack[start:]
         del stack[start:]
-        if name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name in NUMBERS_AND_TEXT:
+        if name in make:
+            stack.append(make[name](*items))
+        elif name in ("BININT", "LONG", "BINFLOAT", "BINUNICODE"):
             stack.append(arg)
-        elif name in EMPTY:
-            stack.append(EMPTY[name]())
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(items))
-        elif name in ("APPEND", "APPENDS"):
-            items[0].extend(items[1:])
-            stack.append(items[0])
-        elif name in ("SETITEM", "SETITEMS"):
-            if not all(isinstance(key, (str, int)) for key in items[1::2]):
-                raise ValueError("a key that is neither text nor a number")
-            items[0].update(zip(items[1::2], items[2::2]))
-            stack.append(items[0])
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[arg] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[arg])
         elif name == "GLOBAL":
             stack.append(_named(arg))
-        elif name == "BINPERSID":
-            stack.append(_call(storage, items[0]))
-        elif name in ("REDUCE", "NEWOBJ"):
-            stack.append(_call(*items))
-        elif name == "BUILD":
-            if isinstance(items[0], _Module):  # an OrderedDict's attributes are of no use
-                items[0].update(**items[1])
-            stack.append(items[0])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "BINPUT":
+            memo[arg] = stack[-1]
+        elif name == "BINGET":
+            stack.append(memo[arg])
         elif name == "STOP":
             return items[0]
         elif name != "PROTO":
             raise ValueError(f"{name} does not belong in weights")
 
 
-def _call(function: Callable, arguments: tuple) -> object:
-    if not isinstance(arguments, tuple):  # a tensor could have millions of elements
-        raise ValueError("a call without arguments")
-    return function(*arguments)
-
-
 def _named(name: str) -> object:
     """What stands for "module name" in a pickle."""
-    module, _, attribute = name.partition(" ")
-    if module == "torch" and attribute in DTYPES:
-        return DTYPES[attribute]
-    if name == "torch._utils _rebuild_tensor_v2":
-        return _rebuild_tensor
-    if name == "collections OrderedDict":
+    if name == "collections OrderedDict" or name.startswith("__torch__"):  # TorchScript's classes
         return lambda: {}
-    if module.startswith("__torch__"):
-        return lambda: _Module()
-    if name == "torch._utils _rebuild_parameter" or module == "torch.jit._pickle":
+    if name == "torch._utils _rebuild_parameter" or name.startswith("torch.jit._pickle "):
         return lambda value, *_: value
-    raise ValueError(f"{name[:80]!r} does not belong in weights")
+    if name != "torch._utils _rebuild_tensor_v2" and name not in DTYPES:
+        raise ValueError(f"{name[:80]!r} does not belong in weights")
+    return DTYPES.get(name, _rebuild_tensor)
 
 
-def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
-    """A tensor as a view of a storage. It must lie within, and not repeat it to seem larger."""
-    count, _ = _count(size), _count(stride)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if count == 0:
-        return storage.new_empty(size)
-    if offset < 0 or last >= len(storage) or count > len(storage):
-        raise ValueError("a tensor does not lie within its storage")
+def _rebuild_tensor(storage: Tensor, offset: int, size: list, stride: list, *_) -> Tensor:
+    """A tensor as a view of a storage; torch refuses one that does not lie within."""
+    if len(size) > 8 or not all(type(n) is int for n in size) or math.prod(size) > len(storage):
+        raise ValueError("a tensor of an impossible shape, or larger than its storage")
     return storage.as_strided(size, stride, offset)
 
 
-# --------------------------------------------------------------------------------------------------
-# Tensors -> one state dict with OpenAI's keys
+# ---- Tensors -> one state dict with OpenAI's keys ------------------------------------------------
 
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask")
 FROM_TRANSFORMERS = (  # to be replaced in this order
     ("text_projection.weight", "text_projection"), ("visual_projection.weight", "visual.proj"),
-    ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.", ""),
+    ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.", ""), (".fc2.", ".c_proj."),
     ("position_embedding.weight", "positional_embedding"), ("patch_embedding.", "conv1."),
-    ("pre_layrnorm.", "ln_pre."), ("post_layernorm.", "ln_post."),
+    ("pre_layrnorm.", "ln_pre."), ("post_layernorm.", "ln_post."), ("self_attn.", "attn."),
     ("final_layer_norm.", "ln_final."), ("encoder.layers.", "transformer.resblocks."),
-    ("layer_norm1.", "ln_1."), ("layer_norm2.", "ln_2."), ("self_attn.", "attn."),
-    ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."),
+    ("layer_norm1.", "ln_1."), ("layer_norm2.", "ln_2."), (".fc1.", ".c_fc."),
 )
 OTHERS = {  # what other models have, by the beginnings of their keys
-    "visual.trunk.": "an image tower of timm (EVA, SigLIP, ...)", "visual.attn_pool.": "CoCa",
-    "visual.attnpool.": "a ResNet", "visual.layer1.": "a ResNet", "logit_bias": "SigLIP",
-    "text.transformer.embeddings.": "another text tower", "vision_model.head.": "SigLIP",
+    "visual.trunk.": "timm (EVA, SigLIP, ...)", "visual.attn_pool.": "CoCa", "logit_bias": "SigLIP",
+    "visual.attnpool.": "a ResNet", "text.transformer.embeddings.": "another text tower",
 }
-BLOCK = ("ln_1.", "attn.in_proj_", "attn.out_proj.", "ln_2.", "mlp.c_fc.", "mlp.c_proj.")
-MAX_BLOCKS = 100
-ACTIVATIONS = {"quick_gelu": "quickgelu", "gelu": "gelu"}  # as transformers calls them -> as we do
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -419,29 +288,25 @@ class Weights(NamedTuple):
 def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weights:
     """The weights in a file or a folder, and what the config beside them says.
 
-    activation: "quickgelu" or "gelu", in place of what the config says.
-    Raises ValueError (damaged, or not a CLIP with a vision transformer) or OSError.
+    activation: "quickgelu" or "gelu", in place of what the config says. Whether the tensors are a
+    whole CLIP's is not checked. Raises ValueError (damaged, another architecture) or OSError.
     """
+    if activation not in (None, "quickgelu", "gelu"):
+        raise ValueError(f"activation {activation!r} is neither 'quickgelu' nor 'gelu'")
     path = Path(path)
     if path.is_dir():
         files = [path / file for file in HUB_FILES if (path / file).is_file()]
-        if not files:
-            raise ValueError(f"{path} holds none of {', '.join(HUB_FILES)}")
-        path = files[0]
+        path = files[0] if files else path / HUB_FILES[1]  # which is then said not to exist
     tensors = _flatten(read_tensors(path))
     try:
         if sum(t.nbytes for t in tensors.values()) > path.stat().st_size + SLACK:
             raise ValueError("its tensors are larger than the file")
-        keys = list(tensors)
         state = _openai_keys(tensors)
-        _check(state)
-        width, text_width = len(state["visual.ln_pre.bias"]), len(state["ln_final.bias"])
-        weights = Weights(state, **_settings(path, keys, width, text_width))
-        head_width = weights.head_width
-        if type(head_width) is not int or head_width < 1 or width % head_width or text_width % 64:
-            raise ValueError(f"widths of {width} and {text_width} are no multiples of those of the "
-                             f"heads, {head_width!r:.80} and 64")
-    except (ValueError, KeyError, RuntimeError) as e:  # of q, k and v, one may lack
+        for key, tensor in state.items():
+            if not (tensor.is_floating_point() and tensor.mean(dtype=torch.float64).isfinite()):
+                raise ValueError(f"{key[:80]!r} has no numbers, or other than finite floats")
+        weights = Weights(state, *_settings(path, list(tensors), state))
+    except (ValueError, KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"{path}: {_one_line(e)}") from None
     return weights._replace(activation=activation, notes=()) if activation else weights
 
@@ -449,37 +314,33 @@ def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weig
 def _flatten(tensors: dict) -> dict[str, Tensor]:
     """The tensors of nested dicts by their path: {"a": {"b": tensor}} -> {"a.b": tensor}."""
     flat, seen, todo = {}, set(), [("", tensors)]
-    while todo:
-        prefix, level = todo.pop()
+    for prefix, level in todo:
         for key, value in level.items():
+            if not isinstance(key, str) or len(prefix) + len(key) > 500:
+                continue  # an optimizer's, or a hostile file's
             if isinstance(value, Tensor):
-                flat[f"{prefix}{key}"] = value
-            elif isinstance(value, dict) and id(value) not in seen and len(prefix) < 500:
+                flat[prefix + key] = value
+            elif isinstance(value, dict) and id(value) not in seen:
                 seen.add(id(value))  # a hostile file may hold dicts within themselves
                 todo.append((f"{prefix}{key}.", value))
     return flat
 
 
 def _openai_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any of the layouts -> OpenAI's keys; empties `tensors` on the way."""
+    """Any of the layouts -> OpenAI's keys."""
     for prefix in ("state_dict.", "module."):  # of training checkpoints
         within = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         tensors = within or tensors
     for start, kind in OTHERS.items():
         if any(key.startswith(start) for key in tensors):
-            raise ValueError(f"its keys {start}* are those of {kind}, not of a CLIP with a vision "
-                             "transformer")
-    is_transformers = any(key.startswith("vision_model.") for key in tensors)
+            raise ValueError(f"no CLIP with a vision transformer: {start}* belongs to {kind}")
     state = {}
-    for key in list(tensors):
-        tensor = tensors.pop(key)  # what is copied below need not stay in memory
+    for key, tensor in tensors.items():
+        if key.endswith("projection.weight"):
+            tensor = tensor.t().contiguous()  # transformers' linear layer: (D, W) -> (W, D)
         key = key.removeprefix("text.")  # newer models of open_clip have it
-        for old, new in FROM_TRANSFORMERS if is_transformers else ():
+        for old, new in FROM_TRANSFORMERS:
             key = key.replace(old, new)
-        if key in state:
-            raise ValueError(f"two tensors are {key[:80]!r}")
-        if is_transformers and key in ("text_projection", "visual.proj"):
-            tensor = tensor.t().contiguous()  # a linear layer's (D, W) -> (W, D)
         if not key.endswith(NO_WEIGHTS):
             state[key] = tensor.reshape(()) if key == "logit_scale" else tensor  # it may be (1,)
     for q in [key for key in state if ".q_proj." in key]:
@@ -488,115 +349,54 @@ def _openai_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _check(state: dict[str, Tensor]) -> None:
-    """Refuses what has not exactly the keys and ranks of a CLIP, or numbers that are not finite."""
-    ranks = {
-        "logit_scale": 0, "text_projection": 2, "positional_embedding": 2,
-        "token_embedding.weight": 2, "visual.conv1.weight": 4, "visual.class_embedding": 1,
-        "visual.positional_embedding": 2, "visual.proj": 2,
-    }
-    layers = ["visual.ln_pre.", "visual.ln_post.", "ln_final."]
-    for tower in ("visual.transformer.resblocks.", "transformer.resblocks."):
-        blocks = sum(key.startswith(tower) and key.endswith(".ln_1.bias") for key in state)
-        layers += [f"{tower}{i}.{layer}" for i in range(min(blocks, MAX_BLOCKS)) for layer in BLOCK]
-    for layer in layers:
-        ranks |= {f"{layer}weight": 1 if "ln_" in layer else 2, f"{layer}bias": 1}
-    for key in [*ranks, *state]:
-        if key not in state or key not in ranks:
-            fault = f"lacks {key}" if key in ranks else f"has {key[:80]!r}"
-            raise ValueError(f"not a CLIP with a vision transformer: among {len(state)} tensors "
-                             f"({', '.join(list(state)[:3])[:150]!r}, ...) it {fault}")
-        tensor, shape = state[key], tuple(state[key].shape)
-        if len(shape) != ranks[key] or 0 in shape:
-            raise ValueError(f"{key} has the shape {shape}, which no CLIP has")
-        lowest, highest = map(float, tensor.aminmax())  # NaN if there is one
-        largest = torch.finfo(torch.float32).max
-        if not tensor.is_floating_point() or not -largest <= lowest <= highest <= largest:
-            raise ValueError(f"{key} has numbers that are not finite, or no floating-point numbers")
-    if (channels := state["visual.conv1.weight"].shape[1]) != 3:
-        raise ValueError(f"it takes images of {channels} channels instead of 3 (RGB)")
-
-
-def _settings(path: Path, keys: list[str], width: int, text_width: int) -> dict:
+def _settings(path: Path, keys: list[str], state: dict[str, Tensor]) -> tuple:
     """The fields of `Weights` that the tensors do not give, from the config beside them."""
-    openai = {_folder_name(f"timm/{timm}.openai") for _, timm, _ in MODELS.values()}
-    if openai & {*path.parts} or any(key.endswith("input_resolution") for key in keys):
-        return {}  # the defaults are OpenAI's; only its own code stores such a number
-    if any(key.endswith("vision_model.post_layernorm.bias") for key in keys):
-        if config := _read_json(path.with_name("config.json")):
-            return _transformers_settings(path.parent, config, width, text_width)
-    elif config := _read_json(path.with_name("open_clip_config.json")):
-        return _open_clip_settings(config, text_width)
+    timm = any(f"timm--{timm}.openai" in str(path) for _, timm, _ in MODELS.values())
+    if timm or any(key.endswith("input_resolution") for key in keys):
+        return ()  # the defaults are OpenAI's; only its own code stores such a number
+    is_transformers = any("vision_model." in key for key in keys)
+    config = path.with_name("config.json" if is_transformers else "open_clip_config.json")
+    if config.is_file():
+        try:
+            read = _transformers_settings if is_transformers else _open_clip_settings
+            _, head_width, mean, std, _ = settings = read(config)
+            three = len(mean) == len(std) == 3 and all(0 < n <= 1 for n in mean + std)
+            if not three or type(head_width) is not int or head_width < 1:
+                raise ValueError(f"heads of {head_width!r:.20}, mean {mean!r:.80}, std {std!r:.80}")
+            return settings
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+            raise ValueError(f"{config.name}: {_one_line(e)}") from None
+    width = len(state.get("visual.class_embedding", ()))
     note = (f"no config is beside {path.name}, so QuickGELU and CLIP's image mean and deviation "
             "are assumed; if the zero-shot accuracy is poor, try --activation gelu")
-    return {"head_width": 64 if width <= 1024 else width // 16, "notes": (note,)}
+    return "quickgelu", 64 if width <= 1024 else width // 16, MEAN, STD, (note,)
 
 
-def _read_json(path: Path) -> dict:
-    """The object in a small JSON file, an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        with path.open("rb") as file:
-            return _section({path.name: json.loads(file.read(MAX_HEADER))}, path.name)
-    except RecursionError:
-        raise ValueError(f"{path.name} is nested too deeply") from None
-
-
-def _section(config: dict, key: str) -> dict:
-    section = config.get(key) or {}
-    if not isinstance(section, dict):
-        raise ValueError(f"{key} is not an object")
-    return section
-
-
-def _expect(section: dict, **expected: object) -> None:
-    """Refuses settings that differ from the only ones that are supported; absent ones are fine."""
-    for key, value in expected.items():
-        if section.get(key) not in (None, value):
-            raise ValueError(f"{key} {section[key]!r:.80} is not supported, only {value!r}")
-
-
-def _transformers_settings(folder: Path, config: dict, width: int, text_width: int) -> dict:
+def _transformers_settings(file: Path) -> tuple:
     """From config.json, in which defaults may be absent, and preprocessor_config.json."""
-    _expect(config, model_type="clip")
-    defaults = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-    text, vision = (defaults | {"num_attention_heads": heads} | _section(config, f"{tower}_config")
-                    | _section(config, f"{tower}_config_dict")  # what older files have wins
-                    for tower, heads in (("text", 8), ("vision", 12)))
-    activation, heads = str(vision["hidden_act"]), vision["num_attention_heads"]
-    _expect(text, hidden_act=activation, num_attention_heads=text_width // 64)
-    for tower in (text, vision):
-        _expect(tower, layer_norm_eps=1e-5)
-    if activation not in ACTIVATIONS or heads not in range(1, width + 1) or width % heads:
-        raise ValueError(f"hidden_act {activation!r:.80} with {heads!r:.80} heads is not supported")
-    images = _read_json(folder / "preprocessor_config.json")
-    return {"activation": ACTIVATIONS[activation], "head_width": width // heads,
-            **_colours(images, mean="image_mean", std="image_std")}
+    config, images = json.loads(file.read_bytes()), file.with_name("preprocessor_config.json")
+    images = json.loads(images.read_bytes()) if images.is_file() else {}
+    text, vision = config.get("text_config", {}), config.get("vision_config", {})
+    activation = vision.get("hidden_act", "quick_gelu")
+    for section, key, *supported in (
+        (config, "model_type", "clip"), (vision, "hidden_act", "quick_gelu", "gelu"),
+        ({"hidden_act": "quick_gelu"} | text, "hidden_act", activation),
+        (text, "layer_norm_eps", 1e-5), (vision, "layer_norm_eps", 1e-5),
+    ):
+        if section.get(key, supported[0]) not in supported:
+            raise ValueError(f"{key} {section[key]!r:.80} is not supported, only {supported[0]!r}")
+    head_width = vision.get("hidden_size", 768) // vision.get("num_attention_heads", 12)
+    mean, std = images.get("image_mean", MEAN), images.get("image_std", STD)
+    return activation.replace("_", ""), head_width, tuple(mean), tuple(std), ()
 
 
-def _open_clip_settings(config: dict, text_width: int) -> dict:
+def _open_clip_settings(file: Path) -> tuple:
     """From open_clip_config.json, in which defaults may be absent."""
-    model = _section(config, "model_cfg")
-    text, vision = _section(model, "text_cfg"), _section(model, "vision_cfg")
-    _expect(vision, pool_type="tok", act_kwargs=None, norm_kwargs=None)
-    _expect(text, pool_type="argmax", act_kwargs=None, norm_kwargs=None, no_causal_mask=False)
-    _expect({"heads": 8} | text, heads=text_width // 64)
-    note = ("open_clip_config.json does not say quick_gelu, which means exact GELU; if the "
-            "zero-shot accuracy is poor, try --activation quickgelu")
-    return {"activation": "quickgelu" if model.get("quick_gelu") else "gelu",
-            "head_width": vision.get("head_width", 64),
-            "notes": () if "quick_gelu" in model else (note,),
-            **_colours(_section(config, "preprocess_cfg"), mean="mean", std="std")}
-
-
-def _colours(config: dict, mean: str, std: str) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation of the images' channels, which stand under these keys of a config."""
-    found = {"mean": config.get(mean) or MEAN, "std": config.get(std) or STD}
-    for key, values in found.items():
-        low = 0 if key == "mean" else 1e-3
-        if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(
-            isinstance(value, (int, float)) and low <= value <= 1 for value in values
-        ):
-            raise ValueError(f"its config gives the images' {key} as {values!r:.80}")
-    return {key: tuple(values) for key, values in found.items()}
+    config = json.loads(file.read_bytes())
+    model, images = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+    activation = "quickgelu" if model.get("quick_gelu") else "gelu"
+    head_width = model.get("vision_cfg", {}).get("head_width", 64)
+    mean, std = images.get("mean", MEAN), images.get("std", STD)
+    note = (f"{file.name} does not say quick_gelu, which means exact GELU; if the zero-shot "
+            "accuracy is poor, try --activation quickgelu")
+    return activation, head_width, tuple(mean), tuple(std), () if "quick_gelu" in model else (note,)

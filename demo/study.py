@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 def demo() -> tuple[CLIP, Dataset]:
     """The demo's weights and digits, and one thread: two are slower with so small a model."""
     torch.set_num_threads(1)
-    return load(DEMO["model"]), load_dataset(DEMO["data"])
+    return load(DEMO / "tiny-clip.pt"), load_dataset(DEMO / "digits")
 
 
 def measure(clip: CLIP, data: Dataset, settings: dict) -> dict[str, float]:
@@ -61,7 +61,7 @@ def measure(clip: CLIP, data: Dataset, settings: dict) -> dict[str, float]:
     """
     if settings["reg"] == "zero-shot":
         return base_to_novel(PromptOT(clip, data.classnames), data, tuned=False)
-    recipe = Recipe(augment=DEMO["augment"], **settings)
+    recipe = Recipe(augment="gentle", **settings)
     source = few_shot_source(data, recipe.shots, recipe.seed)
     torch.manual_seed(recipe.seed)
     model = PromptOT(clip, source.classnames, recipe)
