@@ -400,8 +400,8 @@ def load(
     Raises ValueError (unknown name, no CLIP, damaged file) or OSError (cannot read, no network).
     """
     path = find(name, cache_dir)
+    weights = read_weights(path, activation)
     try:
-        weights = read_weights(path, activation)
         model = CLIP.from_state_dict(
             weights.state, activation=weights.activation, head_width=weights.head_width,
             mean=weights.mean, std=weights.std,

@@ -15,6 +15,7 @@ learned prompts it gives f_i, t_c. All have length 1. H is the entropy, s CLIP's
 
     python promptot.py                               # the embedded demo, offline
     python promptot.py --data ./eurosat --shots 16   # your own folder, or a benchmark data set
+    python promptot.py --load runs/eurosat/base-ot-16shots-seed1/prompts.pt --predict photos/
 """
 
 import functools
@@ -95,9 +96,8 @@ def sinkhorn(
     cost: (..., n, m), finite; leading dimensions are independent problems. a: (..., n) and b:
     (..., m), masses of one total; by default uniform, of total 1. epsilon: > 0, in units of the
     cost; it is raised to 1e-6 of the cost's range. Returns the plan (..., n, m), without gradient,
-    in fp32 or the wider dtype of the cost. Column sums are exact; errors of row sums add up to at
-    most `tol` of the mass, unless `max_iter` steps, counted in tens, are too few. ValueError for
-    other masses or epsilon; a cost that is not finite gives NaN.
+    fp32 or wider. Column sums are exact; row errors add up to at most `tol` of the mass, unless
+    `max_iter` steps (in tens) are too few. ValueError for other input; infinite costs give NaN.
 
     In the log domain (Cuturi 2013; Peyre and Cuturi 2019, 4.4). One step does if the plan is nearly
     a permutation, as in training. Else epsilon is annealed from a quarter of the cost's range

@@ -270,7 +270,7 @@ class Record:
         if len(self.history) == self.epochs:
             self.line.keep()
         if self.file and self.writes:
-            state = {name: holder.state_dict() for name, holder in self.state.items()}
+            state = {name: dict(holder.state_dict()) for name, holder in self.state.items()}
             save_tensors(state | {"history": self.history}, self.file)
 
 

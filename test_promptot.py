@@ -8,10 +8,10 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
-import errno
 import functools
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import math
@@ -28,6 +28,7 @@ import time
 import zipfile
 from collections import defaultdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -433,48 +434,47 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, **header_chan
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for key, t in tensors.items():
-        raw = bytes(t.contiguous().flatten().view(torch.uint8).tolist())
-        header[key] = {"dtype": names[t.dtype], "shape": list(t.shape),
-                       "data_offsets": [len(body), len(body) + len(raw)]}
-        body += raw
+        start, body = len(body), body + bytes(t.contiguous().flatten().view(torch.uint8).tolist())
+        offsets = [start, len(body)]
+        header[key] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": offsets}
     text = json.dumps(header | header_changes).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
 
 def as_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """OpenAI's keys -> those of transformers' CLIPModel."""
-    names = {
-        "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight",
-        "conv1": "embeddings.patch_embedding", "class_embedding": "embeddings.class_embedding",
-        "token_embedding": "embeddings.token_embedding", "ln_pre": "pre_layrnorm",
-        "positional_embedding": "embeddings.position_embedding.weight", "ln_1": "layer_norm1",
-        "ln_post": "post_layernorm", "ln_final": "final_layer_norm", "ln_2": "layer_norm2",
-        "transformer.resblocks": "encoder.layers", "attn.": "self_attn.", "c_fc": "fc1",
-        "c_proj": "fc2",
-    }
     result = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     for key, tensor in state.items():
         tower = "vision_model." if key.startswith("visual.") else "text_model."
-        for ours, theirs in names.items():
+        for ours, theirs in (
+            ("visual.proj", "visual_projection.weight"), ("attn.", "self_attn."), ("c_fc", "fc1"),
+            ("text_projection", "text_projection.weight"), ("visual.", ""), ("c_proj", "fc2"),
+            ("positional_embedding", "embeddings.position_embedding.weight"),
+            ("class_embedding", "embeddings.class_embedding"), ("ln_pre", "pre_layrnorm"),
+            ("token_embedding", "embeddings.token_embedding"), ("ln_post", "post_layernorm"),
+            ("conv1", "embeddings.patch_embedding"), ("ln_final", "final_layer_norm"),
+            ("transformer.resblocks", "encoder.layers"), ("ln_", "layer_norm"),
+        ):
             key = key.replace(ours, theirs)
-        if "logit" not in key and "projection" not in key:
-            key = tower + key.removeprefix("visual.")
-        result[key] = tensor.T if "projection" in key else tensor
-        if "in_proj_" in key:
-            for part, third in zip("qkv", result.pop(key).chunk(3)):
-                result[key.replace("in_proj_", f"{part}_proj.")] = third.clone()
+        if "projection" in key or "logit" in key:
+            result[key] = tensor.T if tensor.ndim else tensor
+        elif "in_proj_" in key:
+            for part, third in zip("qkv", tensor.chunk(3)):
+                result[tower + key.replace("in_proj_", f"{part}_proj.")] = third.clone()
+        else:
+            result[tower + key] = tensor
     return result
 
 
 LAYOUTS = {
     "OpenAI's": lambda state: state | {"input_resolution": torch.tensor(32)},
-    "open_clip's": lambda state: state | {"logit_scale": state["logit_scale"][None]},
-    "text. before the text tower": lambda state: {
-        k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in state.items()
+    "open_clip's": lambda state: {
+        k if k.startswith(("visual", "logit")) else f"text.{k}": v if v.ndim else v[None]
+        for k, v in state.items()
     },
     "training checkpoint": lambda state: {
-        "epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()},
-        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "groups": [{"betas": (0.9, 1.0)}]},
+        "state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": (3, 1.5),
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "groups": [{"foreach": None}]},
     },
     "transformers'": as_transformers,
 }
@@ -492,18 +492,17 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert tensor.dtype == expected[key].dtype and torch.equal(tensor, expected[key]), key
 
 
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_openais_keys(state, tmp_path, layout, file):
-    if layout == "training checkpoint" and file == "model.safetensors":
-        pytest.skip("safetensors holds tensors only")
-    for dtype in (torch.float16, torch.bfloat16):
-        expected = {k: v.to(dtype) for k, v in state.items()}
-        save = torch.save if file.endswith("bin") else save_safetensors
-        save(LAYOUTS[layout](expected), tmp_path / file)
-        for path in (tmp_path, tmp_path / file):
-            assert_same(read_weights(path).state, expected)
+def test_every_layout_gives_openais_keys(state, tmp_path, layout, dtype):
+    expected = {k: v.to(dtype) for k, v in state.items()}
+    tensors = LAYOUTS[layout](expected)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert_same(read_weights(tmp_path).state, expected)
     assert bool(read_weights(tmp_path).notes) == (layout != "OpenAI's")
+    if layout != "training checkpoint":  # safetensors holds nothing but tensors
+        save_safetensors(tensors, tmp_path / "model.safetensors")
+        assert_same(read_weights(tmp_path / "model.safetensors").state, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -512,7 +511,6 @@ def test_torchscript_archives_are_read_without_torch_jit(tmp_path, monkeypatch):
         def __init__(self):
             super().__init__(5, 6)
             self.transposed = torch.nn.Parameter(torch.randn(6, 5).half().T)  # not contiguous
-            self.register_buffer("count", torch.tensor([7]))
             self.numbers = [1, 2]
 
     module = torch.nn.Sequential(Layer(), torch.nn.Sequential(Layer()))
@@ -524,38 +522,28 @@ def test_torchscript_archives_are_read_without_torch_jit(tmp_path, monkeypatch):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
-def test_what_torch_save_wrote_comes_back(tmp_path):
-    saved = {"a": [1, -2.5, "x", None, True, [10**12, []]], 0: {"t": torch.randn(3, 4).T},
-             "parameter": torch.nn.Parameter(torch.ones(2))}
-    torch.save(saved, tmp_path / "saved.pt")
-    read = read_tensors(tmp_path / "saved.pt")
-    assert read["a"] == saved["a"] and read.keys() == saved.keys()
-    assert torch.equal(read[0]["t"], saved[0]["t"]) and torch.equal(read["parameter"], torch.ones(2))
-
-
 def test_activation_heads_and_colours_come_from_the_config_beside(state, tmp_path):
     def write(name, **config):
         (tmp_path / name).write_text(json.dumps(config))
 
     torch.save(as_transformers(state), tmp_path / "pytorch_model.bin")
-    write("config.json", text_config={"hidden_act": "gelu"}, vision_config={
-        "hidden_act": "gelu", "hidden_size": 128, "num_attention_heads": 4})
+    gelu = {"hidden_act": "gelu", "hidden_size": 128, "num_attention_heads": 4}
+    write("config.json", text_config=gelu, vision_config=gelu)
     write("preprocessor_config.json", image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
     assert read_weights(tmp_path)[1:] == ("gelu", 32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ())
-    assert read_weights(tmp_path, "quickgelu").activation == "quickgelu"
     with pytest.raises(ValueError, match="relu"):
         read_weights(tmp_path, "relu")
     torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
     write("open_clip_config.json", model_cfg={"quick_gelu": True, "vision_cfg": {"head_width": 32}},
           preprocess_cfg={"mean": [0.5] * 3, "std": [0.2] * 3})
     assert read_weights(tmp_path)[1:] == ("quickgelu", 32, (0.5,) * 3, (0.2,) * 3, ())
-    write("open_clip_config.json")
-    guessed = read_weights(tmp_path)
-    assert guessed[1:3] == ("gelu", 64) and "--activation quickgelu" in guessed.notes[0]
-    (tmp_path / "open_clip_config.json").unlink()
-    guessed = read_weights(tmp_path)
-    assert guessed[1:3] == ("quickgelu", 64) and "--activation gelu" in guessed.notes[0]
-    assert read_weights(tmp_path, "gelu")[1:] == ("gelu", 64, weights.MEAN, weights.STD, ())
+    for config, activation, other in [("{}", "gelu", "quickgelu"), (None, "quickgelu", "gelu")]:
+        (tmp_path / "open_clip_config.json").unlink()
+        if config:
+            (tmp_path / "open_clip_config.json").write_text(config)
+        guessed = read_weights(tmp_path)
+        assert guessed.activation == activation and f"--activation {other}" in guessed.notes[0]
+        assert read_weights(tmp_path, other)[1:] == (other, 64, weights.MEAN, weights.STD, ())
 
 
 def assert_refused(read, path: Path, complaint: str = "") -> None:
@@ -573,7 +561,6 @@ def assert_refused(read, path: Path, complaint: str = "") -> None:
     ({"vision_config": {"num_attention_heads": 0}}, "zero"), ({"model_cfg": [1]}, "list"),
     ({"model_cfg": {"vision_cfg": {"head_width": -1}}}, "-1"), ("[" * 10**5, "recursion"),
     ({"preprocess_cfg": {"std": [0, 1, 1]}}, "(0, 1, 1)"), ("{", "config.json: Expecting"),
-    ({"preprocess_cfg": {"mean": ["x"] * 3}}, "'str'"), ({"preprocess_cfg": {"mean": 1}}, "int"),
 ])
 def test_configs_that_are_not_supported_are_refused_by_name(state, tmp_path, config, complaint):
     is_open_clip = "_cfg" in str(config)
@@ -591,12 +578,10 @@ ONES = torch.ones(128, 16)
     ({"visual.attn_pool.x": ONES}, "CoCa"), ({"logit_bias": ONES}, "SigLIP"),
     ({"text.transformer.embeddings.x": ONES}, "another text tower"),
     ({"visual.proj": ONES.log() / 0}, "finite"), ({"visual.proj": ONES.long()}, "finite"),
-    ({"visual.proj": ONES / 0}, "finite"), ({"visual.proj": ONES.to_sparse()}, "sparse"),
-    ({"visual.proj": ONES[:0]}, ""), ({f"{i}": ONES.expand(9999, 128, 16) for i in range(9)}, ""),
-    ({"a.q_proj.bias": ONES}, "a.k_proj.bias"), ({(1, 2): 3}, "unhashable"),
+    ({f"{i}": ONES.expand(9999, 128, 16) for i in range(9)}, ""), ({(1, 2): 3}, "unhashable"),
+    ({"a.q_proj.bias": ONES}, "a.k_proj.bias"), ({"ln_final.bias": None}, "ln_final.bias"),
     ({f"transformer.resblocks.{i}.ln_1.bias": ONES[0] for i in range(9999)}, "blocks"),
-    ({"visual.conv1.weight": torch.ones(128, 4, 8, 8)}, "conv1"), ({"visual.proj": {}}, "visual.proj"),
-    ({"ln_final.bias": None}, "ln_final.bias"), ({"more": ONES}, "more"), ({"visual.proj": 0}, ""),
+    ({"visual.conv1.weight": torch.ones(128, 4, 8, 8)}, "conv1"), ({"more": ONES}, "more"),
     ({"visual.proj": ONES[0]}, "visual.proj"), ({"visual.class_embedding": ONES[0, 0]}, ""),
 ])
 def test_state_dicts_that_are_no_clip_are_refused_by_name(state, tmp_path, change, complaint):
@@ -604,87 +589,65 @@ def test_state_dicts_that_are_no_clip_are_refused_by_name(state, tmp_path, chang
     assert_refused(load, tmp_path / "model.pt", complaint)
 
 
-class Malicious:
+class Call:
+    """Is pickled as the call of a function."""
+
+    def __init__(self, *function_and_arguments):
+        self.call = function_and_arguments
+
     def __reduce__(self):
-        return os.system, ("touch hacked",)
+        return self.call[0], self.call[1:]
 
 
-def archive(path: str, pickled: bytes, members: dict[str, bytes] = {}, **how) -> None:
-    with zipfile.ZipFile(path, "w", **how) as z:
-        for name, content in ({"a/data.pkl": pickled} | members).items():
-            z.writestr(name, content)
+def archive(path: str, value: object, storage: bytes = struct.pack("<6f", *range(6))) -> None:
+    """What torch.save would write, had it a dict with `value`, and six numbers to refer to."""
+    pickler = pickle.Pickler(pickled := io.BytesIO(), protocol=2)
+    pickler.persistent_id = lambda x: x[1:] if isinstance(x, tuple) and x[:1] == (...,) else None
+    pickler.dump({"x": value})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a/data.pkl", pickled.getvalue())
+        z.writestr("a/data/0", storage)
 
 
-def tensor_pickle(size=(2, 3), stride=(3, 1), offset=0, kind="FloatStorage") -> bytes:
-    """What torch.save writes of {"x": tensor}, with freely chosen places, by protocol 2."""
-    def put(x):
-        return (b"(" + b"".join(map(put, x)) + b"t" if isinstance(x, tuple) else
-                b"\x8a\x08" + struct.pack("<q", x) if isinstance(x, int) else
-                b"X" + struct.pack("<I", len(x)) + x.encode())
-    storage = b"(" + put("storage") + f"ctorch\n{kind}\n".encode() + put("0") + put("cpu")
-    return (b"\x80\x02}" + put("x") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
-            + put(6) + b"tQ" + put(offset) + put(size) + put(stride) + b"\x89NtRs.")
+def tensor(size=(2, 3), stride=(3, 1), offset=0, kind=torch.FloatStorage) -> Call:
+    storage = (..., "storage", kind, "0", "cpu", 6)
+    return Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
 
 
 def test_hostile_files_are_refused_and_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    numbers = {"a/data/0": struct.pack("<6f", *range(6))}
-    archive("honest.pt", tensor_pickle(), numbers)
+    archive("honest.pt", tensor())
     assert read_tensors("honest.pt")["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    Path("honest.pt").unlink()
     for i, lie in enumerate([
         {"size": (2, 4)}, {"size": (10**6, 10**6), "stride": (0, 0)}, {"stride": (-3, 1)},
         {"offset": -1}, {"offset": 1}, {"offset": 2**62}, {"size": "ab"}, {"size": (2**62, 4)},
         {"size": (2,)}, {"size": (1,) * 70, "stride": (1,) * 70}, {"size": ((1, 2), 2**40)},
-        {"size": (-1, -1)}, {"kind": "UntypedStorage"}, {"kind": "LongStorage"},
+        {"size": (-1, -1)}, {"kind": torch.UntypedStorage}, {"kind": torch.LongStorage},
     ]):
-        archive(f"lie{i}.pt", tensor_pickle(**lie), numbers)
-    archive("code.pt", pickle.dumps(Malicious(), protocol=2))
-    Path("pickle.pt").write_bytes(pickle.dumps({"a": Malicious()}))
-    tuples = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) + b"0"
-                      for i in range(60))
-    archive("hash.pt", b"\x80\x02)q\x00" + tuples + b"}h\x3cNs.")  # would take 2^60 steps
-    archive("deep.pt", b"\x80\x02" + b"]" * 10**5 + b".")
-    archive("bomb.pt", tensor_pickle(), {"a/data/0": bytes(2**28)}, compression=8)  # deflated
-    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile("twice.pt", "w") as z:
-        for name in ("a/data/0", "a/data/0", "a/data.pkl"):
-            z.writestr(name, numbers.get(name, tensor_pickle()))
+        archive(f"lie{i}.pt", tensor(**lie))
+    archive("code.pt", Call(os.system, "touch hacked"))
+    archive("bomb.pt", tensor(), bytes(2**28))
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile("honest.pt", "a") as z:
+        z.writestr("a/data.pkl", b"")
     torch.save([1, 2], "list.pt")
     torch.save({"a": 1}, "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"a": torch.ones(3)}, "damaged.pt")
+    flipped = Path("damaged.pt").read_bytes().replace(struct.pack("<f", 1), struct.pack("<f", 2))
+    Path("damaged.pt").write_bytes(flipped)
     x = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
     for i, lie in enumerate([
-        x | {"shape": [2, 2]}, x | {"shape": [-2, -3]}, x | {"shape": "6"}, x | {"dtype": "F4"},
-        x | {"shape": [[9], 2**40]}, x | {"data_offsets": [0, 2**50]}, 5, [x], {}, None,
-        x | {"shape": [0, 2**50], "data_offsets": [0, 0]}, x | {"data_offsets": [28, 4]},
+        {"shape": [2, 2]}, {"shape": [-2, -3]}, {"shape": "6"}, {"dtype": "F4"},
+        {"shape": [[9], 2**40]}, {"data_offsets": [0, 2**50]}, {"data_offsets": [28, 4]},
+        {"shape": [0, 2**50], "data_offsets": [0, 0]}, {"dtype": None}, {"data_offsets": [0, 12]},
     ]):
-        save_safetensors({"x": torch.ones(2, 3)}, Path(f"lie{i}.safetensors"), x=lie)
+        save_safetensors({"x": torch.ones(2, 3)}, Path(f"lie{i}.safetensors"), x=x | lie)
     save_safetensors({"x": torch.ones(2, 3)}, Path("again.safetensors"), y=x)
-    Path("long.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{" + bytes(99))
-    Path("deep.safetensors").write_bytes(struct.pack("<Q", 10**6) + b'{"a":' + b"[" * 10**6)
-    Path("text.pt").write_text("hello")
+    for length in (2**60, 10**6):
+        Path(f"{length}.safetensors").write_bytes(struct.pack("<Q", length) + b"[" * 10**6)
     Path("empty.pt").write_bytes(b"")
     for path in tmp_path.iterdir():
         assert_refused(read_tensors, path)
     assert not Path("hacked").exists()
-
-
-@pytest.mark.parametrize("file", ["model.pt", "model.safetensors"])
-def test_damage_is_noticed_or_harmless(state, tmp_path, file):
-    """An archive has checksums; in a safetensors file, a name or a number may be another."""
-    path, generator = tmp_path / file, random.Random(0)
-    torch.save(state, path) if file == "model.pt" else save_safetensors(state, path)
-    whole = path.read_bytes()
-    end = len(whole) if file == "model.pt" else 8 + struct.unpack("<Q", whole[:8])[0]
-    for _ in range(60):
-        place = generator.choice([generator.randrange(end), len(whole) - generator.randrange(3000)])
-        flipped = bytes([whole[place % end] ^ 1 << generator.randrange(8)])
-        for damaged in (whole[:place], whole[: place % end] + flipped + whole[place % end + 1 :]):
-            path.write_bytes(damaged)
-            try:
-                found = read_weights(path).state
-                assert file != "model.pt" or not assert_same(found, state)
-            except ValueError as e:
-                assert file in str(e) and "\n" not in str(e)
 
 
 # ---- Reading weights: where they are found -------------------------------------------------------
@@ -698,14 +661,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         fault, moved = self.path.split("/")[1], self.path.endswith("moved")
         self.requests.append(self.path)
-        if fault == "missing":
-            return self.send_error(404)
-        self.send_response(200 if moved else 302)
+        self.send_response(404 if fault == "missing" else 200 if moved else 302)
+        sha256 = hashlib.sha256(self.content + b"?" * (fault == "wrong")).hexdigest()
         if not moved:
             self.send_header("Location", self.path + "/moved")
-            if fault != "unstated":
-                sha256 = hashlib.sha256(self.content + b"?" * (fault == "wrong")).hexdigest()
-                self.send_header("X-Linked-Etag", f'"{sha256}"')
+            self.send_header("X-Linked-Etag", f'"{sha256}"' if fault != "unstated" else "")
         length = len(self.content) - 9 * (fault == "short")
         self.send_header("Content-Length", str(length * moved))
         self.end_headers()
@@ -728,12 +688,11 @@ def hub(state, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"{root}/{hub}")
         monkeypatch.setattr(weights, "HOSTS", [f"{root}/{host}" for host in hosts])
 
-    for name in ("HOME", "USERPROFILE"):
+    for name in ("HOME", "USERPROFILE", "HF_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.setattr(weights, "TIMEOUT", 0.3)
-    monkeypatch.setattr(Hub, "requests", [])
     torch.save(state, tmp_path / "x")
+    monkeypatch.setattr(Hub, "requests", [])
     monkeypatch.setattr(Hub, "content", (tmp_path / "x").read_bytes())
     sha256 = hashlib.sha256(Hub.content).hexdigest()
     monkeypatch.setitem(weights.MODELS, "ViT-B/16", (sha256, *weights.MODELS["ViT-B/16"][1:]))
@@ -742,31 +701,20 @@ def hub(state, tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_the_hub_comes_first_and_then_the_cache(hub, tmp_path, capsys):
+def test_the_hub_comes_first_then_the_cache_and_two_first_runs_do_not_meet(hub, tmp_path, capsys):
     hub("good", "good")
-    path = weights.find("ViT-B/16")
-    assert path.read_bytes() == Hub.content and tmp_path / ".cache" / "clip" in path.parents
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        (path,) = set(pool.map(weights.find, ["ViT-B/16"] * 8))
+    assert path.read_bytes() == Hub.content and [*(tmp_path / ".cache/clip").iterdir()] == [path]
     assert read_weights(path).notes == ()  # whose file it is, is known: nothing is guessed
     url = "/good/timm/vit_base_patch16_clip_224.openai/resolve/main/open_clip_model.safetensors"
-    assert Hub.requests == [url, f"{url}/moved"] and url in capsys.readouterr().err
-    assert weights.find("ViT-B/16") == path and len(Hub.requests) == 2
-
-
-FAULTS = {"missing": "404", "wrong": "SHA-256", "unstated": "no SHA-256", "cut": "",
-          "short": "SHA-256", "stall": "timed out"}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_the_hub_lead_to_openai_and_then_to_one_line(hub, tmp_path, fault):
-    hub(fault, "missing", "good")
-    path = weights.find("ViT-B/16", tmp_path / "a")
-    assert path.name == "ViT-B-16.pt" and path.read_bytes() == Hub.content
-    hub(fault, "missing", "missing")
-    assert FAULTS[fault] in failure_to_find("ViT-B/16", tmp_path / "b")
+    assert {*Hub.requests} == {url, f"{url}/moved"} and url in capsys.readouterr().err
+    Hub.requests.clear()
+    assert weights.find("ViT-B/16") == path and not Hub.requests
 
 
 def failure_to_find(name: str, folder: Path) -> str:
-    """One line, and no files are left."""
+    """In one line, and no files are left."""
     with pytest.raises((ValueError, OSError)) as error:
         weights.find(name, folder)
     message = str(error.value)
@@ -775,43 +723,43 @@ def failure_to_find(name: str, folder: Path) -> str:
     return message
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(hub, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left")
+@pytest.mark.parametrize("fault, complaint", [
+    ("missing", "404"), ("wrong", "SHA-256"), ("unstated", "no SHA-256"), ("cut", ""),
+    ("short", "SHA-256"), ("stall", "timed out"), ("good", "No space left"),
+])
+def test_faults_lead_to_the_next_source_and_then_to_one_line(
+    hub, tmp_path, monkeypatch, fault, complaint
+):
+    if fault == "good":  # but the disk is full
+        monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError(28, "No space left")))
+    else:
+        hub(fault, "missing", "good")
+        path = weights.find("ViT-B/16", tmp_path / "a")
+        assert path.name == "ViT-B-16.pt" and path.read_bytes() == Hub.content
+    hub(fault, "missing", "missing")
+    assert complaint in failure_to_find("ViT-B/16", tmp_path / "b")
 
-    hub("good", "good", "good")
-    monkeypatch.setattr(Path, "replace", full)
-    assert "No space left" in failure_to_find("ViT-B/16", tmp_path / "a")
 
-
-def test_two_first_runs_at_once(hub, tmp_path):
-    hub("good", "good")
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        paths = set(pool.map(weights.find, ["ViT-B/16"] * 8, [tmp_path / "a"] * 8))
-    assert [p.read_bytes() for p in paths] == [Hub.content] and {*(tmp_path / "a").iterdir()} == paths
-
-
-def test_what_other_programs_have_put_on_the_disk_is_found(hub, tmp_path, monkeypatch):
+def test_what_other_programs_have_put_on_the_disk_is_found(hub, tmp_path):
     hub("missing")
-    openai = tmp_path / ".cache" / "clip" / "ViT-B-16.pt"
-    openai.parent.mkdir(parents=True)
-    openai.write_bytes(Hub.content[:-9])  # as an interrupted download leaves it
+    file = tmp_path / ".cache" / "clip" / "ViT-B-16.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(Hub.content[:-9])  # as an interrupted download leaves it
     with pytest.raises(OSError):
         weights.find("ViT-B/16")
-    openai.write_bytes(Hub.content)
-    assert weights.find("ViT-B/16") == openai
-    openai.unlink()
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    file.write_bytes(Hub.content)
+    assert weights.find("ViT-B/16") == file
+    file.unlink()
     timm = "timm/vit_base_patch16_clip_224.openai"
-    for repository, file in [("openai/clip-vit-base-patch16", "pytorch_model.bin"),
+    for repository, name in [("openai/clip-vit-base-patch16", "pytorch_model.bin"),
                              (timm, "model.safetensors"), (timm, "open_clip_model.safetensors")]:
-        folder = tmp_path / "hf" / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots"
-        (folder / "abc").mkdir(parents=True, exist_ok=True)
-        (folder / "abc" / file).write_bytes(Hub.content)
-        if file != "model.safetensors":  # timm's own, without a text tower
-            assert weights.find("ViT-B/16") == folder / "abc" / file == weights.find(repository)
-    assert read_weights(weights.find("ViT-B/16")).notes == ()  # known: no config is needed
-    assert weights.find("~/hf") == tmp_path / "hf"
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / "abc"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(Hub.content)
+        if name != "model.safetensors":  # timm's own, without a text tower
+            assert weights.find("ViT-B/16") == folder / name == weights.find(repository)
+    assert read_weights(folder).notes == ()  # known: no config is needed
+    assert weights.find("~/x") == tmp_path / "x"
     for name in ("ViT-B/17", "openai/none", "~nobody/x", "a\0b", "x" * 999):
         failure_to_find(name, tmp_path / "a")
 # ---- Prompts and objective -----------------------------------------------------------------------

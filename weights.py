@@ -175,7 +175,7 @@ def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
             if not place == begin <= end <= len(raw):
                 raise ValueError(f"{name[:80]!r} does not lie where it should")
             numbers = torch.frombuffer(bytearray(raw[begin:end]), dtype=DTYPES[entry["dtype"]])
-            state[name] = numbers.reshape(entry["shape"])
+            state[name] = numbers.reshape(entry["shape"][:9])
             place = end
     return state
 
@@ -201,13 +201,12 @@ def _read_archive(file: BinaryIO) -> dict:
 
 def _unpickle(data: bytes, storage) -> object:
     """The value of torch's pickle. Python's own unpickler would call whatever the file names."""
-    make = {  # opcode -> what makes a value of the items that it takes from the stack
+    make = {  # opcode -> what it makes of items from the stack; tuples could take ages to hash
         "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-        "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": list,
-        "TUPLE": lambda *items: [*items],  # as a key, a nested tuple could take ages to hash
+        "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": list, "TUPLE": lambda *all: [*all],
         "APPEND": lambda target, *items: target.extend(items) or target,
         "SETITEM": lambda target, *items: target.update(zip(items[::2], items[1::2])) or target,
-        "BUILD": lambda target, state: target.update(islice(state.items(), 999)) or target,
+        "BUILD": lambda target, state: target.update(islice(state.items(), 200)) or target,
         "REDUCE": lambda function, arguments: function(*arguments[:9]),  # or it could take ages
         "NEWOBJ": lambda function, arguments: function(*arguments[:9]),
         "BINPERSID": lambda arguments: storage(*arguments[:9]),
@@ -316,12 +315,11 @@ def _flatten(tensors: dict) -> dict[str, Tensor]:
     flat, seen, todo = {}, set(), [("", tensors)]
     for prefix, level in todo:
         for key, value in level.items():
-            if not isinstance(key, str) or len(prefix) + len(key) > 500:
-                continue  # an optimizer's, or a hostile file's
-            if isinstance(value, Tensor):
+            usable = isinstance(key, str) and len(prefix) + len(key) < 500  # in hostile files, too
+            if usable and isinstance(value, Tensor):
                 flat[prefix + key] = value
-            elif isinstance(value, dict) and id(value) not in seen:
-                seen.add(id(value))  # a hostile file may hold dicts within themselves
+            elif usable and isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))  # a dict could hold itself
                 todo.append((f"{prefix}{key}.", value))
     return flat
 
@@ -351,8 +349,8 @@ def _openai_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _settings(path: Path, keys: list[str], state: dict[str, Tensor]) -> tuple:
     """The fields of `Weights` that the tensors do not give, from the config beside them."""
-    timm = any(f"timm--{timm}.openai" in str(path) for _, timm, _ in MODELS.values())
-    if timm or any(key.endswith("input_resolution") for key in keys):
+    known = any(f"timm--{timm}.openai" in str(path) for _, timm, _ in MODELS.values())
+    if known or any(key.endswith("input_resolution") for key in keys):
         return ()  # the defaults are OpenAI's; only its own code stores such a number
     is_transformers = any("vision_model." in key for key in keys)
     config = path.with_name("config.json" if is_transformers else "open_clip_config.json")
