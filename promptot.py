@@ -49,10 +49,7 @@ def setting(default, within: tuple, help: str):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How prompts are tuned; the defaults are those of the paper's released code.
-
-    Each field is a flag of the command line. ValueError for what is not within its bounds.
-    """
+    """How prompts are tuned, by default as in the released code. ValueError out of bounds."""
 
     classes: str = setting("base", ("base", "all"), "tune on the first half, or on all")
     reg: str = setting("ot", ("ot", "pointwise", "none"), "OT, the identity as plan, or none")
@@ -101,8 +98,8 @@ def sinkhorn(
 
     In the log domain (Cuturi 2013; Peyre and Cuturi 2019, 4.4). One step does if the plan is nearly
     a permutation, as in training. Else epsilon is annealed from a quarter of the cost's range
-    (Schmitzer 2019) and steps are over-relaxed (Thibault et al. 2021). In fp64 where the device
-    has it, as f / epsilon leaves too few of fp32's digits.
+    (Schmitzer 2019), then steps are over-relaxed, but for ten after each ten that did not help
+    (Thibault et al. 2021). In fp64, but on mps: f / epsilon leaves too few of fp32's digits.
     """
     dtype = torch.promote_types(cost.dtype, torch.float32)
     cost = cost.to(torch.float32 if cost.device.type == "mps" else torch.float64)
@@ -118,14 +115,16 @@ def sinkhorn(
     f, g = torch.zeros_like(a), torch.zeros_like(b)  # (..., n, 1), (..., 1, m)
     # (least epsilon, steps, over-relaxation): one step; annealing; epsilon itself until it fits
     annealed = [(0.25 * 0.7**k, 2, 1.0) for k in range(36) if 0.25 * 0.7**k > target.min()]
+    error = before = math.inf
     for level, steps, omega in [(0, 1, 1.0), *annealed, *[(0, 10, 1.8)] * max(1, max_iter // 10)]:
-        eps = target.clamp(min=level)
+        eps, omega = target.clamp(min=level), 1.0 if error > before else omega
         for _ in range(steps):
             f = f + omega * (eps * (log_a - ((g - cost) / eps).logsumexp(-1, keepdim=True)) - f)
             g = g + omega * (eps * (log_b - ((f - cost) / eps).logsumexp(-2, keepdim=True)) - g)
         plan = b * ((f - cost) / eps).softmax(-2)  # one more step of g, which is not relaxed
-        error = (plan.sum(-1, keepdim=True) - a).abs().sum(-2)
-        if level == 0 and (error <= tol * a.sum(-2)).all():
+        errors = (plan.sum(-1, keepdim=True) - a).abs().sum(-2) / a.sum(-2)
+        before, error = error, float(errors.max())
+        if level == 0 and error <= tol:
             break
     return plan.to(dtype)
 
@@ -290,9 +289,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Tunes the prompts of `model` on items (image path, label); returns the means of each epoch.
 
-    SGD as in Prompt-OT's released code; pictures and their order depend on the seed alone. record:
-    a `runs.Record`, which shows and keeps the progress; if it holds an interrupted tuning, that is
-    continued to the very same prompts (on the CPU). ValueError if the loss stops being finite.
+    record: a `runs.Record`, which shows and keeps the progress; an interrupted tuning that it holds
+    goes on, to the very same prompts on the CPU. ValueError if the loss stops being finite.
     """
     record, clip, device = record or runs.Record(), model.clip, model.text0.device
     transform = data.train_transform(clip.image_resolution, recipe.augment, clip.mean, clip.std)
