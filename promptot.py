@@ -25,12 +25,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import report  # first: from here on Ctrl-C is one line
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-import report
 import runs
 from clip_model import CLIP, available_models, fingerprint, load, pack, tokenize
 from data import AUGMENTS, TEMPLATE, Dataset, Items
