@@ -448,7 +448,6 @@ def parse_args(argv: list[str] | None) -> tuple:
     args.predict = args.predict and data.find_images(args.predict)
     if args.download:
         args.data = runs.first_process(data.download, Path(args.data).name, Path(args.data).parent)
-    args.output = args.output or runs.first_process(runs.free_folder, args.data, args.resume)
     if args.load:
         return args, [replace(tuned, classes=c, precision=args.precision) for c in args.classes]
     flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}

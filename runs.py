@@ -42,9 +42,9 @@ MAY_CHANGE = ("output", "resume", "download", "predict", "csv", "names", "device
 class Run:
     """A folder with log.txt, metrics.json, results.md, and a sub-folder for each tuning.
 
-    folder: new or empty; with `resume` that of a run with the same settings, which are all flags
-    but MAY_CHANGE and those that its tunings have `varied`. writes: false for all processes but the
-    first, which neither write nor print.
+    folder: new or empty, None for one of `free_folder`; with `resume` that of a run with the same
+    settings, which are all flags but MAY_CHANGE and those that its tunings have `varied`. writes:
+    false for all processes but the first, which neither write nor print.
     Raises ValueError if the folder holds something else, or another process is at work in it.
 
     metrics.json: settings, versions: name -> value. zero_shot, zero_shot_template: target ->
@@ -54,14 +54,16 @@ class Run:
     """
 
     def __init__(
-        self, folder: str, flags: dict, varied: tuple[str, ...], resume: bool, writes: bool = True
+        self, folder: str | None, flags: dict, varied: tuple[str, ...], resume: bool,
+        writes: bool = True,
     ):
-        self.folder, self.writes = Path(folder), writes
+        self.writes = writes
         settings = {k: v for k, v in flags.items() if k not in (*varied, *MAY_CHANGE)}
         settings = json.loads(json.dumps(settings))  # as they come back from the file
         if writes:
-            self.lock = lock_folder(self.folder, flags["data"], settings, resume)
+            self.lock = open_folder(folder, flags["data"], settings, resume)
             weakref.finalize(self, self.lock.close)  # also after an error
+        self.folder = first_process(lambda: Path(self.lock.name).parent)
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "torchvision": torchvision.__version__}
         self.metrics = {"settings": settings, "versions": versions, "zero_shot": {},
@@ -148,6 +150,19 @@ class Run:
             self.lock.close()
 
 
+def open_folder(folder: str | None, data: str, settings: dict, resume: bool):
+    """Locks a run's folder, see `lock_folder`; without a name the one that `free_folder` finds."""
+    if folder:
+        return lock_folder(Path(folder), data, settings, resume)
+    while True:
+        free = free_folder(data, resume)
+        try:
+            return lock_folder(free, data, settings, resume)
+        except ValueError:
+            if resume or not free.exists():
+                raise  # else another run has just taken it
+
+
 def lock_folder(folder: Path, data: str, settings: dict, resume: bool):
     """Makes the folder if need be; returns an open file, which is locked as long as it is open.
 
@@ -195,14 +210,14 @@ def read_metrics(file: Path, settings: dict) -> dict:
     return metrics
 
 
-def free_folder(data: str, resume: bool) -> str:
+def free_folder(data: str, resume: bool) -> Path:
     """runs/NAME, NAME-2, ...: the first that is free or, to resume, the last that there is."""
     base = Path("runs") / Path(data).name
     names = (base.with_name(f"{base.name}-{i}" if i > 1 else base.name) for i in itertools.count(1))
     taken = []
     for folder in names:
         if not folder.exists():
-            return str(taken[-1] if resume and taken else folder)
+            return taken[-1] if resume and taken else folder
         taken.append(folder)
 
 
