@@ -474,6 +474,8 @@ def open_image(path: str) -> Image.Image:
     Raises ImageError for a damaged file, a format not in FORMATS, over 179 million pixels.
     """
     try:
+        if not os.path.isfile(path):
+            raise OSError("no file")  # to open a pipe would wait for ever
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > 100 * min(image.size):  # will grow when the shorter becomes 224
                 raise ValueError(f"{image.width} x {image.height} pixels")

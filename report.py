@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def stop_at_once(number: int, frame) -> None:
-    """Handler of Ctrl-C while PyTorch is imported: an exception there might get lost or altered."""
+    """Ends the program while PyTorch is imported: an exception there might get lost or altered."""
     if multiprocessing.parent_process() is None:  # not a worker
         print("\ninterrupted", file=sys.stderr, flush=True)
     os._exit(130)
@@ -26,6 +26,7 @@ def stop_at_once(number: int, frame) -> None:
 if (Path(sys.argv[0]).name == "promptot.py"  # who imports this file has handlers of their own
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     signal.signal(signal.SIGINT, stop_at_once)  # until `one_line_errors`
+    signal.signal(signal.SIGTERM, stop_at_once)
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -86,6 +87,8 @@ class Parser(argparse.ArgumentParser):
         if args.workers is None:
             on_gpu = torch.cuda.is_available() and args.device != "cpu"
             args.workers = min(8, os.cpu_count() or 1) if on_gpu else 0
+        if not 0 <= args.workers <= 256:
+            self.error(f"--workers is {args.workers!r:.40}, not within 0 to 256")
         return args
 
     def add_run_flags(self) -> None:
@@ -100,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         add("--names", metavar="NAME", nargs="+", help="for --predict (all classes of the data)")
         add = self.add_argument_group("the machine").add_argument
         add("--device", default="auto", help="cpu, cuda, ... (a GPU if there is one)")
-        add("--workers", type=int, choices=range(257), metavar="INT",
+        add("--workers", type=int, metavar="INT",
             help="processes that read images, up to 256 (8 with a GPU, else none)")
 
     def add_settings(self, settings: type, several: tuple[str, ...]) -> None:

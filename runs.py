@@ -196,11 +196,15 @@ def read_metrics(file: Path, settings: dict) -> dict:
         before = metrics["settings"]
         kinds = {"settings": dict, "zero_shot": dict, "zero_shot_template": dict, "runs": list,
                  "tables": list}
-        if not all(isinstance(metrics[name], kind) for name, kind in kinds.items()):
+        percents = [*metrics["zero_shot"].values(), *metrics["zero_shot_template"].values()]
+        if not (all(isinstance(metrics[name], kind) for name, kind in kinds.items())
+                and all(type(x) is float for x in percents)):
             raise TypeError
         if metrics["runs"]:
             [run["name"] for run in metrics["runs"]]
             results(metrics)  # needs all that there should be
+        else:
+            metrics["tables"] = []  # are planned anew
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise ValueError(f"{file} is damaged, or not of a run; name another --output") from None
     changed = [f"{name} was {before.get(name)}, is {value}"
@@ -256,7 +260,8 @@ class Record:
         restore(self.state["prompts"], saved["prompts"], self.file)
         restore(optimizer, saved["optimizer"] | {"param_groups": groups}, self.file)
         for parameter in self.state["prompts"].parameters():
-            momentum = optimizer.state[parameter].get("momentum_buffer")
+            buffers = optimizer.state[parameter]
+            momentum = buffers.get("momentum_buffer") if isinstance(buffers, dict) else None
             if not isinstance(momentum, Tensor) or momentum.shape != parameter.shape or not (
                 momentum.isfinite().all()
             ):
