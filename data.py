@@ -82,7 +82,7 @@ def load_dataset(
                 raise ValueError(f"no train image of class {lacking[0]!r}")
             if lacking and part == "test":
                 notes.append(f"classes without a test image: {len(lacking)}, as {lacking[0]!r}")
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, FileNotFoundError, RecursionError) as e:  # of folders a thousand deep
         raise ValueError(f"{root}: {e}; expected is {_expected(b)}") from None
     parts = [splits.get(part, []) for part in PARTS]
     template = template or b.template
@@ -212,6 +212,8 @@ def _read_aircraft(folder: Path, images: Path) -> tuple[list[str], Splits]:
 
 def _lines(file: PathLike) -> list[str]:
     """The lines of a text file that are not empty (and without the mark that editors put first)."""
+    if not os.path.isfile(file):  # a pipe or a device might never end
+        raise FileNotFoundError(f"no file {file}")
     lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
@@ -472,6 +474,8 @@ def open_image(path: str) -> Image.Image:
     Raises ImageError for a damaged file, a format not in FORMATS, over 179 million pixels.
     """
     try:
+        if not os.path.isfile(path):
+            raise OSError("no file")  # to open a pipe would wait for ever
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > 100 * min(image.size):  # will grow when the shorter becomes 224
                 raise ValueError(f"{image.width} x {image.height} pixels")
@@ -494,9 +498,12 @@ def check_images(paths: Iterable[str]) -> Iterator[str]:
 
 
 def find_images(paths: Iterable[PathLike]) -> list[str]:
-    """Images as they are, and all that are below folders."""
+    """Images as they are, and all that are below folders. ValueError if there are none."""
     found = (files_below(path)[0] if os.path.isdir(path) else [os.fspath(path)] for path in paths)
-    return list(itertools.chain(*found))
+    images = list(itertools.chain(*found))
+    if not images:
+        raise ValueError(f"no images in {', '.join(map(str, paths))}")
+    return images
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -25,12 +25,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import report  # first: from here on Ctrl-C is one line
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-import report
 import runs
 from clip_model import CLIP, available_models, fingerprint, load, pack, tokenize
 from data import AUGMENTS, TEMPLATE, Dataset, Items
@@ -446,7 +446,6 @@ def parse_args(argv: list[str] | None) -> tuple:
     args.predict = args.predict and data.find_images(args.predict)
     if args.download:
         args.data = runs.first_process(data.download, Path(args.data).name, Path(args.data).parent)
-    args.output = args.output or runs.first_process(runs.free_folder, args.data, args.resume)
     if args.load:
         return args, [replace(tuned, classes=c, precision=args.precision) for c in args.classes]
     flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import signal
 import statistics
@@ -13,6 +14,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+
+def stop_at_once(number: int, frame) -> None:
+    """Ends the program while PyTorch is imported: an exception there might get lost or altered."""
+    if multiprocessing.parent_process() is None:  # not a worker
+        print("\ninterrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if (Path(sys.argv[0]).name == "promptot.py"  # who imports this file has handlers of their own
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, stop_at_once)  # until `one_line_errors`
+    signal.signal(signal.SIGTERM, stop_at_once)
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -23,6 +37,9 @@ from torch import Tensor, nn
 def one_line_errors() -> Iterator[None]:
     """Bad input ends the program with a line on stderr and exit status 2, Ctrl-C or SIGTERM 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed, as by `>&-`
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal may not know all characters
             stream.reconfigure(errors="backslashreplace")
@@ -31,8 +48,9 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # nobody reads on, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as e:
+        text = " ".join(str(e).split()) or "out of memory"  # as Python's own says nothing
+        print(f"error: {text[:2000]}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
         if "LOCAL_RANK" not in os.environ:
@@ -69,6 +87,8 @@ class Parser(argparse.ArgumentParser):
         if args.workers is None:
             on_gpu = torch.cuda.is_available() and args.device != "cpu"
             args.workers = min(8, os.cpu_count() or 1) if on_gpu else 0
+        if not 0 <= args.workers <= 256:
+            self.error(f"--workers is {args.workers!r:.40}, not within 0 to 256")
         return args
 
     def add_run_flags(self) -> None:
@@ -83,7 +103,8 @@ class Parser(argparse.ArgumentParser):
         add("--names", metavar="NAME", nargs="+", help="for --predict (all classes of the data)")
         add = self.add_argument_group("the machine").add_argument
         add("--device", default="auto", help="cpu, cuda, ... (a GPU if there is one)")
-        add("--workers", type=int, help="processes that read images (8 with a GPU, else none)")
+        add("--workers", type=int, metavar="INT",
+            help="processes that read images, up to 256 (8 with a GPU, else none)")
 
     def add_settings(self, settings: type, several: tuple[str, ...]) -> None:
         """A flag for each field of a dataclass; those in `several` take more than one value.
@@ -176,7 +197,8 @@ def predictions(
     them, as those images cannot be read.
     """
     missing = dict.fromkeys(paths)
-    with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") if file else (
+    # "x": a file that is there already is somebody's
+    with open(file, "x", newline="", encoding="utf-8", errors="backslashreplace") if file else (
         contextlib.nullcontext(sys.stdout)
     ) as out:
         rows = csv.writer(out)

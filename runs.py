@@ -8,9 +8,11 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,15 +35,16 @@ except ImportError:  # on Windows
 
 
 ORIGIN = ("data", "classnames", "template", "model", "activation")  # flags kept with prompts
+BEGUN = {"lock", "metrics.json.part"}  # all that a run leaves that is killed in its first moment
 MAY_CHANGE = ("output", "resume", "download", "predict", "csv", "names", "device", "workers")
 
 
 class Run:
     """A folder with log.txt, metrics.json, results.md, and a sub-folder for each tuning.
 
-    folder: new or empty; with `resume` that of a run with the same settings, which are all flags
-    but MAY_CHANGE and those that its tunings have `varied`. writes: false for all processes but the
-    first, which neither write nor print.
+    folder: new or empty, None for one of `free_folder`; with `resume` that of a run with the same
+    settings, which are all flags but MAY_CHANGE and those that its tunings have `varied`. writes:
+    false for all processes but the first, which neither write nor print.
     Raises ValueError if the folder holds something else, or another process is at work in it.
 
     metrics.json: settings, versions: name -> value. zero_shot, zero_shot_template: target ->
@@ -51,13 +54,16 @@ class Run:
     """
 
     def __init__(
-        self, folder: str, flags: dict, varied: tuple[str, ...], resume: bool, writes: bool = True
+        self, folder: str | None, flags: dict, varied: tuple[str, ...], resume: bool,
+        writes: bool = True,
     ):
-        self.folder, self.writes = Path(folder), writes
+        self.writes = writes
         settings = {k: v for k, v in flags.items() if k not in (*varied, *MAY_CHANGE)}
         settings = json.loads(json.dumps(settings))  # as they come back from the file
         if writes:
-            self.lock = lock_folder(self.folder, flags["data"], resume)
+            self.lock = open_folder(folder, flags["data"], settings, resume)
+            weakref.finalize(self, self.lock.close)  # also after an error
+        self.folder = first_process(lambda: Path(self.lock.name).parent)
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "torchvision": torchvision.__version__}
         self.metrics = {"settings": settings, "versions": versions, "zero_shot": {},
@@ -133,7 +139,8 @@ class Run:
                                      "history": history, "accuracy": accuracy})
         self.save()
         if self.writes:
-            replace_file(self.folder / "results.md", results(self.metrics).encode())
+            text = results(self.metrics).encode(errors="backslashreplace")
+            replace_file(self.folder / "results.md", text)
             (self.folder / recipe.name / "state.pt").unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -143,26 +150,41 @@ class Run:
             self.lock.close()
 
 
-def lock_folder(folder: Path, data: str, resume: bool):
+def open_folder(folder: str | None, data: str, settings: dict, resume: bool):
+    """Locks a run's folder, see `lock_folder`; without a name the one that `free_folder` finds."""
+    if folder:
+        return lock_folder(Path(folder), data, settings, resume)
+    while True:
+        free = free_folder(data, resume)
+        try:
+            return lock_folder(free, data, settings, resume)
+        except ValueError:
+            if resume or not free.exists():
+                raise  # else another run has just taken it
+
+
+def lock_folder(folder: Path, data: str, settings: dict, resume: bool):
     """Makes the folder if need be; returns an open file, which is locked as long as it is open.
 
     The system frees the lock when the process ends, however it does. Raises ValueError if the
     folder is inside the data set, is locked, or holds something that a run must not touch.
     """
-    if Path(data).resolve() in folder.resolve().parents:
+    if Path(os.path.realpath(data)) in Path(os.path.realpath(folder)).parents:
         raise ValueError(f"--output {folder} is inside --data, where it would become a class")
-    known = resume and (folder / "metrics.json").exists()
-    if folder.exists() and not known and any(folder.iterdir()):
+    if resume and (folder / "metrics.json").exists():
+        read_metrics(folder / "metrics.json", settings)  # before anything is written there
+    elif folder.exists() and {p.name for p in folder.iterdir()} - BEGUN:
         raise ValueError(f"{folder} is not empty: --output names another, or --resume goes on with "
                          "a run that is in it")
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "w")
+    file = open(folder / "lock", "a")
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:  # Windows
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError:
+        file.close()
         raise ValueError(f"another process is at work in {folder}") from None
     return file
 
@@ -171,9 +193,18 @@ def read_metrics(file: Path, settings: dict) -> dict:
     """The content of a run's metrics.json; ValueError if it is damaged or of other settings."""
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
-        before = dict(metrics["settings"])
+        before = metrics["settings"]
+        kinds = {"settings": dict, "zero_shot": dict, "zero_shot_template": dict, "runs": list,
+                 "tables": list}
+        percents = [*metrics["zero_shot"].values(), *metrics["zero_shot_template"].values()]
+        if not (all(isinstance(metrics[name], kind) for name, kind in kinds.items())
+                and all(type(x) is float for x in percents)):
+            raise TypeError
         if metrics["runs"]:
+            [run["name"] for run in metrics["runs"]]
             results(metrics)  # needs all that there should be
+        else:
+            metrics["tables"] = []  # are planned anew
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise ValueError(f"{file} is damaged, or not of a run; name another --output") from None
     changed = [f"{name} was {before.get(name)}, is {value}"
@@ -183,14 +214,14 @@ def read_metrics(file: Path, settings: dict) -> dict:
     return metrics
 
 
-def free_folder(data: str, resume: bool) -> str:
+def free_folder(data: str, resume: bool) -> Path:
     """runs/NAME, NAME-2, ...: the first that is free or, to resume, the last that there is."""
     base = Path("runs") / Path(data).name
     names = (base.with_name(f"{base.name}-{i}" if i > 1 else base.name) for i in itertools.count(1))
     taken = []
     for folder in names:
         if not folder.exists():
-            return str(taken[-1] if resume and taken else folder)
+            return taken[-1] if resume and taken else folder
         taken.append(folder)
 
 
@@ -228,11 +259,16 @@ class Record:
         groups = optimizer.state_dict()["param_groups"]  # are the recipe's
         restore(self.state["prompts"], saved["prompts"], self.file)
         restore(optimizer, saved["optimizer"] | {"param_groups": groups}, self.file)
-        for parameter, buffers in optimizer.state.items():
-            if any(x.shape != parameter.shape for x in buffers.values() if isinstance(x, Tensor)):
-                raise ValueError(f"{self.file} does not fit: a momentum has another shape")
+        for parameter in self.state["prompts"].parameters():
+            buffers = optimizer.state[parameter]
+            momentum = buffers.get("momentum_buffer") if isinstance(buffers, dict) else None
+            if not isinstance(momentum, Tensor) or momentum.shape != parameter.shape or not (
+                momentum.isfinite().all()
+            ):
+                raise ValueError(f"{self.file} does not fit: a momentum is of another tuning")
         if not 0 < len(history) <= self.epochs or not all(
-            isinstance(means, dict) and all(type(x) is float for x in means.values())
+            isinstance(means, dict) and means and set(means) == set(history[0])
+            and all(type(x) is float and math.isfinite(x) for x in means.values())
             for means in history
         ):
             raise ValueError(f"{self.file} does not fit: its history is not of this tuning")

@@ -20,6 +20,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -1347,7 +1348,7 @@ def test_animation_transparent_colour_and_orientation(tmp_path):
 @pytest.mark.parametrize("content, reason", [
     (b"", "cannot identify"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),  # is not run
-    (b"P5 64 64 255 " + bytes(100), "truncated"),
+    (b"P5 64 64 255 " + bytes(100), "truncated|not large enough"),
     ((5000, 1), "5000 x 1"), ((15_000, 15_000), "DecompressionBomb"),
 ])
 def test_a_broken_image_is_named_in_one_line(content, reason, tmp_path):
@@ -1488,6 +1489,46 @@ def test_killed_at_any_moment_and_resumed(tmp_path):
     assert torch.equal(whole["vision"], killed["vision"])
 
 
+@pytest.mark.parametrize("seconds", [0.7, 2, 4])
+def test_ctrl_c_and_sigterm_are_one_line(seconds, tmp_path):
+    """While PyTorch is imported, data are read, prompts are tuned; workers are silent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start("--output", tmp_path / str(number), "--workers", 2, "--epochs", 500,
+                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+        assert len(error.strip().splitlines()) == 1 and "interrupted" in error
+
+
+def test_runs_at_once(tmp_path):
+    """Into one folder: one of them. Without --output: each takes its own."""
+    args = ("--epochs", 1, "--shots", 1, "--reg", "ot")
+    options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    same = [start(*args, "--output", "one", *more, **options) for more in ((), (), ("--resume",))]
+    own = [start(*args, **options) for _ in range(3)]
+    assert sorted(p.wait(120) for p in same) == [0, 2, 2]
+    assert [p.wait(120) for p in own] == [0, 0, 0]
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"digits", "digits-2", "digits-3"}
+
+
+@pytest.mark.parametrize("content", ["mine", "{}", '{"settings": {}, "runs": []}', "[" * 10**5])
+def test_somebodys_own_files_stay(content, tmp_path, capsys):
+    files = {name: content for name in ("metrics.json", "lock", "log.txt", "results.md", "state.pt")}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for resume in ((), ("--resume",)):
+        expect_error(capsys, tmp_path.name, "--output", tmp_path, *QUICK, *resume)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == files
+
+
+def test_a_run_that_was_killed_at_once_is_resumed(tmp_path):
+    (tmp_path / "lock").touch()
+    (tmp_path / "metrics.json.part").touch()
+    assert run("--output", tmp_path, *QUICK, "--resume")["runs"]
+
+
 def test_all_classes_and_other_data(tmp_path, capsys):
     shutil.copytree(DEMO / "digits", tmp_path / "other digits")
     metrics = run("--output", tmp_path / "run", *QUICK, "--classes", "base", "all", "--eval-data",
@@ -1536,7 +1577,7 @@ def test_saved_prompts_are_evaluated_and_predict(tmp_path, capsys):
     (tmp_path / "pictures" / "b.png").write_text("no picture")
     rows = tmp_path / "rows.csv"
     expect_error(capsys, "b.png", "--load", prompts, "--predict", tmp_path / "pictures", "--csv", rows)
-    (row,) = csv.DictReader(rows.open())
+    (row,) = csv.DictReader(rows.read_text().splitlines())
     digits = {folder.name for folder in (DEMO / "digits").iterdir()}  # not the tuned half alone
     assert row["path"].endswith("a.png") and row["class"] in digits and float(row["probability"]) > 0
 
@@ -1589,6 +1630,8 @@ def odd_folders(tmp_path, monkeypatch):
     ("epochs is 0", ("--epochs", "0")),
     ("--reg: invalid choice", ("--reg", "wasserstein")),
     ("--predict needs --load", ("--predict", "x.png")),
+    ("--workers is -1", ("--workers", "-1")),
+    ("no file", ("--classnames", os.devnull)),
     ("--device", ("--device", "cuda:99")),
     ("unrecognized arguments: --shot", ("--shot", "4")),
     ("file", ("--output", "file/x")),

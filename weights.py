@@ -153,6 +153,8 @@ def read_tensors(path: str | os.PathLike) -> dict:
     and None. Tuples have become lists, TorchScript's modules the dicts of their attributes.
     Raises OSError (cannot be opened) or ValueError (damaged, or of another kind).
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no file")  # to open a pipe would wait for ever
     with open(path, "rb") as file:
         try:
             read = _read_archive if file.read(2) == b"PK" else _read_safetensors
@@ -252,6 +254,8 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: list, stride: list, *_) 
     """A tensor as a view of a storage; torch refuses one that does not lie within."""
     if len(size) > 8 or not all(type(n) is int for n in size) or math.prod(size) > len(storage):
         raise ValueError("a tensor of an impossible shape, or larger than its storage")
+    if not all(0 <= n <= len(storage) for n in (offset, *stride)):  # torch 2.5 lets some overflow
+        raise ValueError("a tensor that lies outside of its storage")
     return storage.as_strided(size, stride, offset)
 
 
