@@ -148,13 +148,10 @@ def marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor,
 def transport_cost(
     image: Tensor, text: Tensor, image0: Tensor, text0: Tensor, modality: str = "joint"
 ) -> Tensor:
-    """C_ij = (1 - cos(f_i, f0_j)) + (1 - cos(t_i, t0_j)), or what `modality` leaves of it.
-
-    Arguments as for `ot_loss`. Returns (B, B); for "separate" (2, B, B), image and text.
-    """
+    """C_ij = (1 - cos(f_i, f0_j)) + (1 - cos(t_i, t0_j)), (B, B); see `ot_loss` for arguments."""
     image_cost, text_cost = 1 - image @ image0.T, 1 - text @ text0.T
     if modality == "separate":
-        return torch.stack([image_cost, text_cost])
+        return torch.stack([image_cost, text_cost])  # (2, B, B)
     return {"joint": image_cost + text_cost, "image": image_cost, "text": text_cost}[modality]
 
 
@@ -324,19 +321,25 @@ def encode(model: PromptOT, items: Items, tuned: bool = True, **loading) -> Iter
 
 
 @torch.no_grad()
-def accuracy(model: PromptOT, dataset: Dataset, tuned: bool = True, workers: int = 0) -> list:
-    """Share of the test images, in %, that are classified right; the model keeps the class names.
+def correct(model: PromptOT, dataset: Dataset, tuned: bool = True, workers: int = 0) -> Tensor:
+    """How many test images of each class are classified right; the model keeps the class names.
 
-    One figure of the tuned model; of the frozen one two, for TEMPLATE and the data set's own.
+    (1, C) of the tuned model; (2, C) of the frozen one, for TEMPLATE and the data set's own.
     """
     model.set_classes(dataset.classnames)
     frozen = () if tuned else (model.text0, model.frozen_text_features(dataset.template))
     texts = torch.stack(frozen or [model.text_features()])  # (T, C, D)
-    right = torch.zeros(len(texts)).to(texts)
+    right = torch.zeros(texts.shape[:2]).to(texts)
     share = dataset.test[runs.rank() :: runs.world_size()]
     for image, labels in encode(model, share, tuned, workers=workers):
-        right += ((texts @ image.T).argmax(dim=1) == labels).sum(dim=1)  # (T, C, B) -> (T,)
-    return (100 * runs.add_up(right) / len(dataset.test)).tolist()
+        hits = (texts @ image.T).argmax(dim=1) == labels  # (T, C, B) -> (T, B)
+        right.index_add_(1, labels, hits.to(right))
+    return runs.add_up(right)
+
+
+def accuracy(model: PromptOT, dataset: Dataset, tuned: bool = True, workers: int = 0) -> list:
+    """Share of the test images that are classified right, in %: T numbers, as of `correct`."""
+    return (100 * correct(model, dataset, tuned, workers).sum(1) / len(dataset.test)).tolist()
 
 
 # ---- From the command line to the table ----------------------------------------------------------
@@ -379,9 +382,9 @@ def main(argv: list[str] | None = None) -> None:
                 train(model, source.train, recipe, record, args.workers)
                 run.keep(recipe, model.prompts, source.classnames, dataset.classnames,
                          record.history, plan_of(model, source.train, recipe))
-            percent = {name: accuracy(model, target, workers=args.workers)[0]
-                       for name, target in targets[recipe.classes].items()}
-            run.finish(recipe, record.history, percent)
+            right = {name: (target, correct(model, target, workers=args.workers)[0].tolist())
+                     for name, target in targets[recipe.classes].items()}
+            run.finish(recipe, record.history, right)
         run.close()
 
 
@@ -437,8 +440,7 @@ def parse_args(argv: list[str] | None) -> tuple:
     if args.load:  # what was tuned on is tested on, unless flags say otherwise
         saved = runs.read_prompts(args.load, Recipe)
         tuned = saved["recipe"]
-        same = saved["flags"] if args.data is None else runs.of_model(saved["flags"])
-        parser.set_defaults(**same, classes=[tuned.classes], names=saved["all_classnames"])
+        parser.set_defaults(**runs.flags_of(saved, with_data=args.data is None))
     elif args.data is None:
         parser.set_defaults(data=f"{DEMO}/digits", model=f"{DEMO}/tiny-clip.pt", augment="gentle",
                             reg=["none", "ot"])

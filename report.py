@@ -52,10 +52,8 @@ def one_line_errors() -> Iterator[None]:
         text = " ".join(str(e).split()) or "out of memory"  # as Python's own says nothing
         print(f"error: {text[:2000]}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as e:
-        if "LOCAL_RANK" not in os.environ:
-            raise
-        print(f"error: is another process lost? {' '.join(str(e).split())[:200]}", file=sys.stderr)
+    except RuntimeError as e:  # a worker or another process is lost, or the device fails
+        print(f"error: {type(e).__name__}: {' '.join(str(e).split())[:500]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; --resume goes on after the last whole epoch", file=sys.stderr)
@@ -113,13 +111,14 @@ class Parser(argparse.ArgumentParser):
         """
         group = self.add_argument_group("how prompts are tuned")
         for f in dataclasses.fields(settings):
-            many, is_choice = f.name in several, f.type is str
+            many, is_choice, within = f.name in several, f.type is str, f.metadata["within"]
+            bounds = "" if is_choice else f"; {within[0]:g} to {within[1]:g}"
             group.add_argument(
                 "--" + f.name.replace("_", "-"), type=f.type, nargs="+" if many else None,
                 default=[f.default] if many else f.default,
-                choices=f.metadata["within"] if is_choice else None,
+                choices=within if is_choice else None,
                 metavar=None if is_choice else f.type.__name__.upper(),
-                help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"),
+                help=f"{f.metadata['help']} ({f.default}{bounds})".replace("%", "%%"),
             )
 
 
@@ -223,6 +222,9 @@ def describe(dataset, targets: dict, shots: int, model: nn.Module, notes: tuple[
     counts = [len(items) for items in (dataset.train, dataset.val, dataset.test)]
     lines = [f"data    {dataset.name}: {len(dataset.classnames)} classes, "
              f"{counts[0]} train, {counts[1]} val, {counts[2]} test images"]
+    plans = {"base": "on the first half of the classes, tested on both (--classes all: on all)",
+             "all": "on all classes"}
+    lines += [f"tuning  {plans[classes]}" for classes in targets]
     every = dict(itertools.chain(*(group.items() for group in targets.values())))
     for name, target in every.items():
         names = ", ".join(target.classnames[:9]) + (", ..." if len(target.classnames) > 9 else "")
@@ -305,6 +307,23 @@ def _result_table(table: dict, metrics: dict) -> str:
                     for seeds in methods.values()]
         rows.append([title, *map(_mean, of_seeds)])
     return markdown([list(row) for row in zip(*rows)] if base_to_novel else rows)
+
+
+def per_class(metrics: dict, most: int = 100) -> str:
+    """Markdown: accuracy in % on each class of each target, the worst first, by tuning.
+
+    Of targets with at most `most` classes.
+    """
+    found = []
+    targets = dict.fromkeys(name for run in metrics["runs"] for name in run["per_class"])
+    for target in targets:
+        of_target = [run for run in metrics["runs"] if target in run["per_class"]]
+        classes = of_target[0]["per_class"][target]
+        rows = [[name, *(f"{run['per_class'][target][name]:.1f}" for run in of_target)]
+                for name in sorted(classes, key=classes.get)]
+        if len(rows) <= most:
+            found.append(markdown([[target, *(run["name"] for run in of_target)], *rows]))
+    return "\n\n".join(found) + "\n"
 
 
 def _mean(values: list[float]) -> str:

@@ -3,6 +3,7 @@
 Knows nothing of the method: what it keeps are named numbers and tensors.
 """
 
+import collections
 import contextlib
 import dataclasses
 import io
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from report import Line, curves, describe, duration, plan_picture, results, tables
+from report import Line, curves, describe, duration, per_class, plan_picture, results, tables
 from weights import read_tensors
 
 try:
@@ -49,8 +50,9 @@ class Run:
 
     metrics.json: settings, versions: name -> value. zero_shot, zero_shot_template: target ->
     accuracy in %, of "a photo of a {}." and of the data set's own template. runs: name, recipe,
-    history (means of each epoch) and accuracy (target -> %) of each tuning. tables: title, classes,
-    source and targets (names of the rows) of each table in results.md.
+    history (means of each epoch), accuracy (target -> %) and per_class (target -> class -> %) of
+    each tuning. tables: title, classes, source and targets (names of the rows) of each table in
+    results.md.
     """
 
     def __init__(
@@ -131,16 +133,24 @@ class Run:
             curves(history, self.folder / recipe.name / "curves.png")
             plan_picture(*plan, self.folder / recipe.name / "plan.png")
 
-    def finish(self, recipe, history: list, accuracy: dict[str, float]) -> None:
-        """A tuning is complete, and nothing of it is left to resume."""
-        for target, percent in accuracy.items():
-            self.log(f"{target} {percent:.2f} %")
-        self.metrics["runs"].append({"name": recipe.name, "recipe": dataclasses.asdict(recipe),
-                                     "history": history, "accuracy": accuracy})
+    def finish(self, recipe, history: list, right: dict[str, tuple]) -> None:
+        """A tuning is complete, and nothing of it is left to resume.
+
+        right: target -> its data set, and how many images of each class were classified right.
+        """
+        run = {"name": recipe.name, "recipe": dataclasses.asdict(recipe), "history": history,
+               "accuracy": {}, "per_class": {}}
+        for target, (dataset, counts) in right.items():
+            images = collections.Counter(label for _, label in dataset.test)
+            run["accuracy"][target] = 100 * sum(counts) / len(dataset.test)
+            run["per_class"][target] = {name: 100 * counts[label] / images[label] for label, name
+                                        in enumerate(dataset.classnames) if images[label]}
+            self.log(f"{target} {run['accuracy'][target]:.2f} %")
+        self.metrics["runs"].append(run)
         self.save()
         if self.writes:
-            text = results(self.metrics).encode(errors="backslashreplace")
-            replace_file(self.folder / "results.md", text)
+            text = f"{results(self.metrics)}\n\n{per_class(self.metrics)}"
+            replace_file(self.folder / "results.md", text.encode(errors="backslashreplace"))
             (self.folder / recipe.name / "state.pt").unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -355,9 +365,10 @@ def read_prompts(path: str | os.PathLike, recipe: type, fingerprint: str | None 
     return saved | {"recipe": recipe(**known)}
 
 
-def of_model(flags: dict) -> dict:
-    """Of a prompts.pt's flags those that do not speak of its data."""
-    return {flag: flags[flag] for flag in ("model", "activation")}
+def flags_of(saved: dict, with_data: bool) -> dict:
+    """The flags that a prompts.pt stands for; with those that speak of its data, or without."""
+    flags = saved["flags"] if with_data else {k: saved["flags"][k] for k in ("model", "activation")}
+    return flags | {"classes": [saved["recipe"].classes], "names": saved["all_classnames"]}
 
 
 def restore(holder, state: dict, path: str | os.PathLike) -> None:
@@ -388,8 +399,9 @@ def replace_file(path: Path, content: bytes) -> None:
 def usable_device(name: str) -> str:
     """A device; "auto" is a GPU if there is one. ValueError if it cannot be used here."""
     if name == "auto":
-        rank = os.environ.get("LOCAL_RANK", "0")
-        name = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+        there = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+        kinds = [kind for kind, backend in there.items() if backend.is_available()]
+        name = f"{kinds[0]}:{os.environ.get('LOCAL_RANK', '0')}" if kinds else "cpu"
     try:
         torch.zeros(1, device=name).tolist()
     except Exception as e:  # each kind of device has its own for not being there
