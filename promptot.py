@@ -245,10 +245,10 @@ class PromptOT(nn.Module):
         return self.clip.logit_scale.exp() * self.image_features(images) @ self.text_features().T
 
     def loss(self, images: Tensor, labels: Tensor, recipe: Recipe = Recipe()) -> tuple:
-        """(L = CE + lambda L_ot of images (B, 3, R, R) with labels (B,), its parts).
+        """L = CE + lambda L_ot of images (B, 3, R, R) with labels (B,), and a dict of its parts.
 
         recipe: its reg, modality, lam, epsilon. Parts: "ce"; "ot", before lambda; "off_diagonal",
-        the share of the mass that does not go from an image to itself; "plan", of "none" None.
+        the share of the mass that does not go from an image to itself; "plan", None without OT.
         Of several processes each brings its share of the images; the loss is that of all.
         """
         image, labels = runs.gather(self.image_features(images)), runs.gather(labels)
@@ -284,7 +284,7 @@ def learning_rate(epoch: int, recipe: Recipe = Recipe()) -> float:
 def train(
     model: PromptOT, items: Items, recipe: Recipe = Recipe(), record=None, workers: int = 0
 ) -> list[dict[str, float]]:
-    """Tunes the prompts of `model` on items (image path, label); returns the means of each epoch.
+    """Tunes the prompts on items (image path, label) by SGD; returns the means of each epoch.
 
     record: a `runs.Record`, which shows and keeps the progress; an interrupted tuning that it holds
     goes on, to the very same prompts on the CPU. ValueError if the loss stops being finite.

@@ -1663,7 +1663,8 @@ def test_bad_input_is_one_line(words, args, odd_folders, capsys, tmp_path):
 
 
 VALUES = ["", " ", "0", "-1", "1", "1e400", "nan", "9" * 400, "ü", "\n", "%s", "a b", "~nobody/x",
-          "/dev/null", "None", "[]", "base", "ot", "cuda", "meta", "gelu", "{}", "{0}", "--", "0.5", "\udcff"]
+          "/dev/null", "None", "[]", "base", "ot", "cuda", "meta", "gelu", "{}", "{0}", "--", "0.5",
+          "\udcff"]
 
 
 def test_any_command_line_ends_in_one_line(capsys, tmp_path, monkeypatch):
