@@ -33,12 +33,27 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
 
+asked_to_stop: list[int] = []  # signals
+
+
+def stop(number: int, frame) -> None:
+    """Handler of Ctrl-C and SIGTERM: a KeyboardInterrupt."""
+    asked_to_stop.append(number)
+    raise KeyboardInterrupt
+
+
+def go_on() -> None:
+    """Raises the KeyboardInterrupt again, which is lost if it comes within a destructor."""
+    if asked_to_stop:
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Bad input ends the program with a line on stderr and exit status 2, Ctrl-C or SIGTERM 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is stop_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, stop)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # closed, as by `>&-`
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal may not know all characters
@@ -138,6 +153,7 @@ def watch(batches: Iterable, size: int, total: int, show: bool = True) -> Iterat
     line, start = Line(print), time.perf_counter()
     for number, batch in enumerate(batches, start=1):
         line.clear()
+        go_on()
         yield batch
         done, seconds = min(number * size, total), time.perf_counter() - start
         if show and seconds > 1:

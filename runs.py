@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from report import Line, curves, describe, duration, per_class, plan_picture, results, tables
+from report import Line, curves, describe, duration, go_on, per_class, plan_picture, results, tables
 from weights import read_tensors
 
 try:
@@ -286,6 +286,7 @@ class Record:
 
     def step(self, parts: dict[str, Tensor]) -> None:
         """parts: the loss and what it is made of; its numbers (not tensors) are kept."""
+        go_on()
         numbers = {k: x for k, x in parts.items() if isinstance(x, Tensor) and x.ndim == 0}
         self.names = list(numbers)
         self.parts.append(torch.stack(list(numbers.values())))
