@@ -383,20 +383,19 @@ def plan_picture(cost: Tensor, plan: Tensor, images: list[Image.Image], path: Pa
 
 def curves(history: list[dict[str, float]], path: Path) -> None:
     """PNG: the mean of each number in each epoch, over epochs, one panel below the other."""
-    width, height, margin = 640, 110, 40
-    size = width + 2 * margin + 60, len(history[0]) * (height + margin) + margin
+    left, width, height, margin = 100, 640, 110, 40
+    size = left + width + margin, len(history[0]) * (height + margin) + margin
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     for k, name in enumerate(history[0]):
         values, top = [means[name] for means in history], margin + k * (height + margin)
         span, steps = max(values) or 1, max(1, len(values) - 1)
-        points = [(margin + 60 + width * i / steps, top + height * (1 - value / span))
+        points = [(left + width * i / steps, top + height * (1 - value / span))
                   for i, value in enumerate(values)]
-        draw.rectangle([margin + 60, top, margin + 60 + width, top + height], outline=(200,) * 3)
+        draw.rectangle([left, top, left + width, top + height], outline=(200,) * 3)
         draw.line(points if len(points) > 1 else points * 2, fill=(0, 114, 178), width=3)
-        draw.text((margin + 60, top - 24), name.replace("_", "-"), fill="black", font_size=18)
+        draw.text((left, top - 24), name.replace("_", "-"), fill="black", font_size=18)
         for value, y in ((span, top - 8), (0, top + height - 10)):
             draw.text((margin - 10, y), f"{value:.3g}", fill="black", font_size=16)
-    draw.text((margin + 60, picture.height - 30), f"epochs 1 to {len(history)}", fill="black",
-              font_size=16)
+    draw.text((left, size[1] - 30), f"epochs 1 to {len(history)}", fill="black", font_size=16)
     picture.save(path)
