@@ -235,6 +235,7 @@ class Benchmark:
 
     @property
     def split_file(self) -> str:
+        """The name of CoOp's split file."""
         return f"split_zhou_{self.name}.json"
 
 
@@ -568,6 +569,7 @@ class EpochBatches(Sampler):
         self.own = slice(rank * share, (rank + 1) * share)
 
     def set_epoch(self, epoch: int) -> None:
+        """To be called before the loader is iterated: each epoch has its own order."""
         self.epoch = epoch
 
     def __len__(self) -> int:

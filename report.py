@@ -306,7 +306,8 @@ def _result_table(table: dict, metrics: dict) -> str:
     methods = {'zero-shot, "a photo of a {}."': [metrics["zero_shot"]]}
     if metrics["zero_shot_template"] != metrics["zero_shot"]:
         methods["zero-shot, the data set's template"] = [metrics["zero_shot_template"]]
-    runs = [run for run in metrics["runs"] if run["recipe"]["classes"] == table["classes"]]
+    runs = [run for run in metrics["runs"] if run["recipe"]["classes"] == table["classes"]
+            and set(names) <= set(run["accuracy"])]
     many_shots = len({run["recipe"]["shots"] for run in runs}) > 1
     for run in runs:
         shots = f", {run['recipe']['shots'] or 'all'} shots" if many_shots else ""

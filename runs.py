@@ -212,7 +212,7 @@ def read_metrics(file: Path, settings: dict) -> dict:
             raise TypeError
         if metrics["runs"]:
             [run["name"] for run in metrics["runs"]]
-            results(metrics)  # needs all that there should be
+            results(metrics), per_class(metrics)  # they need all that there should be
         else:
             metrics["tables"] = []  # are planned anew
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
@@ -356,8 +356,9 @@ def read_prompts(path: str | os.PathLike, recipe: type, fingerprint: str | None 
     for names in (saved["classnames"], saved["all_classnames"]):
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path} does not fit: its class names are no text")
-    for flag in ORIGIN:
-        if not isinstance(saved["flags"].get(flag), str | None):
+    saved["flags"] = {flag: saved["flags"].get(flag) for flag in ORIGIN}
+    for flag, value in saved["flags"].items():
+        if not isinstance(value, str) and (value is not None or flag in ("data", "model")):
             raise ValueError(f"{path} does not fit: its flag {flag} is no text")
     if fingerprint not in (None, saved["fingerprint"]):
         model = saved["flags"]["model"]

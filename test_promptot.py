@@ -1613,7 +1613,8 @@ def test_saved_prompts_are_evaluated_and_predict(tmp_path, capsys):
     saved, bad = runs.load_tensors(prompts, {}), tmp_path / "bad.pt"
     nan = saved["text"] * math.nan
     for words, content in (("finite", saved | {"text": nan}), ("size", saved | {"text": nan[1:]}),
-                           ("lam", saved | {"recipe": {"lam": -1}}), ("no text", {"a": 1})):
+                           ("lam", saved | {"recipe": {"lam": -1}}), ("no text", {"a": 1}),
+                           ("flag data", saved | {"flags": saved["flags"] | {"data": None}})):
         torch.save(content, bad)
         expect_error(capsys, words, "--load", bad, "--predict", image)
     bad.write_bytes(prompts.read_bytes()[:1000])
