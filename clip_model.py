@@ -1,14 +1,14 @@
-"""CLIP (Radford et al., 2021) with deep prompts: tokenizer, the two towers, `load`.
+"""CLIP (Radford et al., 2021) with deep prompts: the tokenizer, the two towers, and `load`.
 
-Copy this file together with `weights.py` and `bpe_simple_vocab_16e6.txt.gz`.
-
-    clip = load("ViT-B/16")                                  # fp32, eval mode, frozen
-    image = clip.encode_image(images)                        # (B, 3, R, R) -> (B, D)
+    clip = load("ViT-B/16")                                   # fp32, eval mode, frozen
+    image = clip.encode_image(images)                         # (B, 3, R, R) -> (B, D)
     text = clip.encode_text(tokenize(["a photo of a cat."]))  # (C, 77) -> (C, D)
 
-Both encoders take `prompts` (depth, n, width): learned vectors that stand among the tokens at the
-input of the first `depth` blocks. With `prompts=None` they are plain CLIP, so that one copy of the
-weights serves as the tuned model and as its frozen teacher. Features are not normalised.
+Both encoders take `prompts` (depth, n, width): learned vectors that join the tokens at the input of
+the first `depth` blocks. With `prompts=None` they are plain CLIP, so one copy of the weights serves
+as the tuned model and as its frozen teacher. Not here: ResNet towers, and training CLIP itself.
+
+To use it elsewhere, copy this file, `weights.py` and `bpe_simple_vocab_16e6.txt.gz`.
 """
 
 import collections
@@ -27,21 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import MEAN, STD, available_models, find, read_weights  # noqa: F401
+from weights import MEAN, STD, find, read_weights
 
-# ---- Tokenizer: byte-pair encoding over bytes, lower case ----------------------------------------
-
+# ---- Tokenizer: byte-pair encoding of lower-case text --------------------------------------------
 MERGES_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-N_MERGES = 48894  # the file goes on; CLIP's vocabulary of 49408 stops here
-WORD = regex.compile(
-    r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
+N_MERGES = 48894  # the file has more; CLIP's vocabulary of 49,408 ends here
+WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def _byte_symbols() -> dict[int, str]:
-    """Byte -> the printable character that stands for it, in the order of CLIP's first 256 ids.
+    """The printable character that stands for each byte, in the order of CLIP's first 256 ids.
 
-    Printable bytes stand for themselves; the others follow, as the characters from 256 on.
+    Printable bytes stand for themselves. The others get the characters from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -49,7 +46,7 @@ def _byte_symbols() -> dict[int, str]:
 
 
 class Tokenizer:
-    """Text -> token ids, as CLIP was trained: 256 bytes, 256 word-final bytes, merges, SOT, EOT."""
+    """Turns text into CLIP's token ids: 256 bytes, 256 word-final bytes, merges, SOT, EOT."""
 
     def __init__(self, merges_file: str | Path = MERGES_FILE):
         with gzip.open(merges_file, "rt", encoding="utf-8") as f:
@@ -64,16 +61,16 @@ class Tokenizer:
         self.encode_word = functools.lru_cache(maxsize=2**16)(self._encode_word)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` without SOT and EOT. Text is repaired, unescaped twice and lower-cased.
+        """Token ids of `text`, without SOT and EOT. The text is cleaned up and lower-cased.
 
-        A text cannot spell SOT or EOT: "<|endoftext|>" in it is punctuation and letters.
+        A text cannot contain SOT or EOT: "<|endoftext|>" is read as punctuation and letters.
         """
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = " ".join(text.split()).lower()
         return [i for word in WORD.findall(text) for i in self.encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
-        """Joins the neighbours that were merged earliest in training until none can be joined."""
+        """Merges neighbours, the pair with the lowest rank first, until no pair can be merged."""
         parts = [self.byte_symbol[b] for b in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
@@ -89,13 +86,13 @@ class Tokenizer:
         return [self.ids[part] for part in parts]
 
 
-_tokenizer = functools.cache(Tokenizer)  # the merges are read when the first text comes
+_tokenizer = functools.cache(Tokenizer)  # reads the merges when first used
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """Texts -> LongTensor (n, context_length): SOT, the text's ids, EOT, then zeros.
+    """Token ids of texts, (n, context_length): SOT, the text, EOT, zeros.
 
-    A text that does not fit is cut (its last id becomes EOT) if `truncate`, else a ValueError.
+    A text that is too long raises ValueError or, with `truncate`, is cut so that EOT is last.
     """
     texts = [texts] if isinstance(texts, str) else texts
     tokenizer = _tokenizer()
@@ -104,51 +101,49 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         ids = [tokenizer.sot, *tokenizer.encode(text), tokenizer.eot]
         if len(ids) > context_length:
             if not truncate:
-                raise ValueError(
-                    f"text has {len(ids)} tokens, the limit is {context_length}: {text[:60]!r}"
-                )
+                limit = f"has {len(ids)} tokens, but the limit is {context_length}"
+                raise ValueError(f"the text {text[:60]!r} {limit}")
             ids = ids[: context_length - 1] + [tokenizer.eot]
         row[: len(ids)] = torch.tensor(ids)
     return tokens
 
 
-# ---- Texts in rows -------------------------------------------------------------------------------
-
+# ---- Packing several texts into one row ----------------------------------------------------------
 class PackedTexts(NamedTuple):
-    """C texts laid out in R rows of L tokens, as `pack` does it."""
+    """C texts in R rows of L tokens, as `pack` lays them out."""
 
-    tokens: Tensor  # (R, L) ids; 0 after the last text of a row
-    positions: Tensor  # (R, L) of each token in its text
-    mask: Tensor  # (R, 1, L, L) True where a token (row) sees another (column)
-    ends: Tensor  # (C,) where in the R * L tokens each text ends
+    tokens: Tensor  # (R, L) ids, padded with 0
+    positions: Tensor  # (R, L) position of each token in its text
+    mask: Tensor  # (R, 1, L, L) True where a query (row) attends to a key (column)
+    ends: Tensor  # (C,) index of each text's EOT among the R * L tokens
 
     def to(self, device: torch.device) -> "PackedTexts":
-        """The same on another device."""
         return PackedTexts(*(part.to(device) for part in self))
 
 
-SHARED, PADDING = -1, -2  # owners of the tokens that belong to no text
+SHARED, PADDING = -1, -2  # owners of tokens that belong to no single text
 
 
 def pack(tokens: Tensor, n_prompts: int = 0, length: int = 48) -> PackedTexts:
-    """Token ids (C, L) of texts -> rows of about `length` tokens that hold several texts each.
+    """Packs texts (C, L) into rows of about `length` tokens. Their features stay the same.
 
-    The mask of the text tower is causal, hence its first tokens, SOT and the prompts, are the same
-    in all texts, and nothing after an EOT matters. So a row begins with SOT and the places of the
-    prompts, once, and goes on with the tokens of one text up to its EOT, those of the next, and so
-    on; a token sees the shared beginning and what stands before it in its own text.
-    Raises ValueError if a text ends among the prompts, or the texts differ in their first token.
+    Attention is causal, so the states of SOT and the prompts do not depend on the rest of the text
+    and are computed once per row, and nothing after EOT matters. A row therefore holds SOT, the
+    prompts, then the remaining tokens of one text up to EOT, those of the next, and so on. Each
+    token attends to SOT, the prompts, and the earlier tokens of its own text.
+    Raises ValueError if a text ends among the prompts or if the texts start with different tokens.
     """
     start = 1 + n_prompts
     texts = [row[: row.argmax() + 1].tolist() for row in tokens.cpu()]  # EOT has the highest id
     if not texts:
         raise ValueError("there must be at least one text")
     if min(map(len, texts)) <= start:
-        raise ValueError(f"a text is too short, its end is among the {n_prompts} prompts")
+        raise ValueError(f"a text is too short: it ends among the {n_prompts} prompts")
     if len({text[0] for text in texts}) > 1:
-        raise ValueError("all texts must begin with the same token")
+        raise ValueError("all texts must start with the same token")
     length = max(length, *map(len, texts))
-    rows, ends = [], []  # rows of (token, position, owner); (row, column) of each EOT
+    rows = []  # lists of (token, position, owner)
+    ends = []  # (row, column) of each EOT
     for i, text in enumerate(texts):
         own = [(token, position, i) for position, token in enumerate(text)][start:]
         if not rows or len(rows[-1]) + len(own) > length:
@@ -163,9 +158,8 @@ def pack(tokens: Tensor, n_prompts: int = 0, length: int = 48) -> PackedTexts:
     return PackedTexts(tokens, positions, mask, torch.tensor([r * length + c for r, c in ends]))
 
 
-# ---- The model. Attribute names spell the keys of OpenAI's state dicts. --------------------------
-
-HEAD_WIDTH = 64  # of the text towers of all published CLIPs, and of most image towers
+# ---- The model. Attributes are named as in OpenAI's state dicts. ---------------------------------
+HEAD_WIDTH = 64  # in the text tower of every published CLIP, and in most image towers
 
 
 class Attention(nn.Module):
@@ -179,7 +173,7 @@ class Attention(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, W) -> (B, L, W). mask: (B, 1, L, L), True where a row sees a column."""
+        """(B, L, W) -> (B, L, W). mask: (B, 1, L, L), True where a query attends to a key."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3W)
         qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # (B, heads, L, W / heads) each
@@ -191,8 +185,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation that OpenAI's CLIP was trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of any shape, element by element."""
-        return F.silu(1.702 * x) / 1.702  # one fused kernel, half the memory of the formula above
+        return F.silu(1.702 * x) / 1.702  # the same in one kernel, with half the memory
 
 
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
@@ -215,13 +208,12 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, W) -> (B, L, W)."""
         x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. The encoders walk through it themselves, to show where prompts enter."""
+    """A stack of blocks. The encoders loop over them, which shows where prompts enter."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
@@ -232,12 +224,11 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The image tower: a class token, which is read at the end, patches, and prompts after them."""
+    """The image tower. Its tokens are a class token, the patches and, after them, prompts."""
 
-    def __init__(
-        self, resolution: int, patch_size: int, width: int, embed_dim: int, transformer: Transformer
-    ):
+    def __init__(self, resolution: int, patch_size: int, embed_dim: int, transformer: Transformer):
         super().__init__()
+        width = transformer.width
         patches = (resolution // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
@@ -249,11 +240,11 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """An image tower and a text tower that meet in a space of D = `embed_dim` dimensions.
+    """An image tower and a text tower with a joint space of D = `embed_dim` dimensions.
 
-    activation: "quickgelu" or "gelu". head_width: of the image tower; the text tower's is 64.
-    vision_mlp_width: 4 times the width unless given. mean, std: with which images are normalised.
-    Parameters are not initialised: `from_state_dict` and `load` fill them, and freeze the model.
+    activation: "quickgelu" or "gelu". head_width: of the image tower; in the text tower it is 64.
+    vision_mlp_width: by default 4 times the width. mean, std: for normalising images, per channel.
+    The constructor leaves parameters uninitialised; `load` and `from_state_dict` fill them.
     """
 
     def __init__(
@@ -274,59 +265,55 @@ class CLIP(nn.Module):
         std: tuple[float, ...] = STD,
     ):
         super().__init__()
-        for width, of_head in ((vision_width, head_width), (text_width, HEAD_WIDTH)):
-            if width % of_head:
-                raise ValueError(f"width {width} is no multiple of the head width {of_head}")
-        self.image_resolution, self.context_length = image_resolution, context_length
-        self.activation, self.head_width, self.mean, self.std = activation, head_width, mean, std
-        self.notes: tuple[str, ...] = ()  # what `load` had to guess
-        self.visual = VisionTransformer(
-            image_resolution, patch_size, vision_width, embed_dim,
-            Transformer(vision_width, vision_layers, vision_width // head_width,
-                        vision_mlp_width or 4 * vision_width, activation),
-        )
+        if vision_width % head_width or text_width % HEAD_WIDTH:
+            raise ValueError("the width of a tower must be a multiple of its head width")
+        self.image_resolution = image_resolution
+        self.context_length = context_length
+        self.activation = activation
+        self.head_width = head_width
+        self.mean, self.std = mean, std
+        self.notes: tuple[str, ...] = ()  # what `load` had to guess, one line each
+        heads = vision_width // head_width
+        mlp_width = vision_mlp_width or 4 * vision_width
+        tower = Transformer(vision_width, vision_layers, heads, mlp_width, activation)
+        self.visual = VisionTransformer(image_resolution, patch_size, embed_dim, tower)
         self.token_embedding = nn.Embedding(vocab_size, text_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
-        self.transformer = Transformer(
-            text_width, text_layers, text_width // HEAD_WIDTH, 4 * text_width, activation
-        )
+        heads = text_width // HEAD_WIDTH
+        self.transformer = Transformer(text_width, text_layers, heads, 4 * text_width, activation)
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """Images -> features, not normalised.
+        """Image features (B, D), not normalised.
 
-        images: (B, 3, R, R), normalised with `mean` and `std`. prompts: (depth, n, width) or None;
-        prompts[0] stands after the patches before `ln_pre`, prompts[l] replaces it at the input of
-        block l (MaPLe's "independent V-L prompts"). Returns (B, D).
+        images: (B, 3, R, R), normalised with `mean` and `std`. prompts: (depth, n, width) or None.
+        prompts[0] follows the patches before `ln_pre`; prompts[l] replaces it at the input of
+        block l (the "independent V-L prompts" of MaPLe).
         """
-        tower, prompts = self.visual, () if prompts is None else prompts
+        tower = self.visual
+        prompts = () if prompts is None else prompts
         patches = tower.conv1(images).flatten(2).transpose(1, 2)  # (B, N, W)
-        start = tower.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        start = tower.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([start, patches], dim=1) + tower.positional_embedding  # (B, 1 + N, W)
         length = x.shape[1]
         for layer, block in enumerate(tower.transformer.resblocks):
             if layer < len(prompts):
-                here = prompts[layer].expand(len(x), -1, -1)
-                x = torch.cat([x[:, :length], here], dim=1)  # (B, 1 + N + n, W)
+                new = prompts[layer].expand(x.shape[0], -1, -1)  # (B, n, W)
+                x = torch.cat([x[:, :length], new], dim=1)  # (B, 1 + N + n, W)
             if layer == 0:
                 x = tower.ln_pre(x)
-            if layer + 1 < tower.transformer.layers:
-                x = block(x)
-            else:  # as block(x), but the class token is all that is read: no MLP for the others
-                x = (x + block.attn(block.ln_1(x)))[:, :1]
-                x = x + block.mlp(block.ln_2(x))
+            x = block(x)
         return tower.ln_post(x[:, 0]) @ tower.proj
 
     def encode_text(self, tokens: Tensor | PackedTexts, prompts: Tensor | None = None) -> Tensor:
-        """Token ids -> features, read at the end-of-text token, not normalised.
+        """Text features (C, D), read at the EOT token, not normalised.
 
-        tokens: (C, L) from `tokenize`, or what `pack(tokens, n)` made of them, to do it once only;
-        with another n than that of `prompts` the features are wrong.
-        prompts: (depth, n, width) or None; prompts[0] takes the places 1..n, after SOT, before
+        tokens: (C, L) from `tokenize`, or the result of `pack(tokens, n)`, which can be reused.
+        prompts: (depth, n, width) or None. prompts[0] takes positions 1..n, after SOT, before
         positions are added; prompts[l] replaces it at the input of block l.
-        Returns (C, D). Raises ValueError for what `pack` refuses.
+        Raises ValueError if `pack` does.
         """
         prompts = () if prompts is None else prompts
         n = prompts.shape[1] if len(prompts) else 0
@@ -335,8 +322,8 @@ class CLIP(nn.Module):
         x = self.token_embedding(texts.tokens)  # (R, L, W)
         for layer, block in enumerate(self.transformer.resblocks):
             if layer < len(prompts):
-                here = prompts[layer].expand(len(x), -1, -1)
-                x = torch.cat([x[:, :1], here, x[:, 1 + n :]], dim=1)  # in the places 1..n of rows
+                new = prompts[layer].expand(x.shape[0], -1, -1)  # (R, n, W)
+                x = torch.cat([x[:, :1], new, x[:, 1 + n :]], dim=1)  # (R, L, W)
             if layer == 0:
                 x = x + self.positional_embedding[texts.positions]
             x = block(x, texts.mask)
@@ -344,16 +331,16 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor], **options) -> "CLIP":
-        """A frozen fp32 model in eval mode, its sizes read from the tensors of `state`.
+        """A frozen fp32 model in eval mode. Its sizes are read from the shapes in `state`.
 
-        options: activation, head_width, mean, std, which tensors do not tell.
+        options: activation, head_width, mean and std, which the tensors do not tell.
         Raises ValueError if `state` is not that of a CLIP with a vision transformer.
         """
         try:
             width, _, patch, _ = state["visual.conv1.weight"].shape
             patches = len(state["visual.positional_embedding"]) - 1
             text_width, embed_dim = state["text_projection"].shape
-            with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
+            with torch.device("meta"):  # allocates nothing, as every parameter is replaced below
                 model = cls(
                     embed_dim=embed_dim,
                     image_resolution=patch * math.isqrt(patches),
@@ -369,20 +356,16 @@ class CLIP(nn.Module):
                 )
             model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
             if len(state["token_embedding.weight"]) < 49408:
-                raise ValueError("its vocabulary is smaller than that of CLIP's tokenizer")
+                raise ValueError("its vocabulary is smaller than CLIP's")
         except KeyError as e:
-            found = ", ".join(list(state)[:3]) or "nothing"
-            raise ValueError(f"no CLIP with a vision transformer: no {e} (found {found})") from None
-        except (RuntimeError, TypeError, ValueError) as e:  # what is missing, left over, misshapen
-            raise ValueError(f"no weights of a CLIP: {' '.join(str(e).split())[:200]}") from None
+            raise ValueError(f"not a CLIP with a vision transformer: it has no {e}") from None
+        except (RuntimeError, TypeError, ValueError) as e:  # missing, unexpected, wrong shape
+            raise ValueError(f"not the weights of a CLIP: {' '.join(str(e).split())}") from None
         return model.requires_grad_(False).eval()
 
 
 def _count_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    blocks = {k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)}
-    if len(blocks) > 100:  # of a hostile file, which could have very many small ones
-        raise ValueError(f"{len(blocks)} blocks are more than any CLIP has")
-    return len(blocks)
+    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def load(
@@ -391,20 +374,22 @@ def load(
     cache_dir: str | os.PathLike | None = None,
     activation: str | None = None,
 ) -> CLIP:
-    """CLIP with pre-trained weights: fp32, eval mode, all parameters frozen.
+    """CLIP with pretrained weights: fp32, eval mode, all parameters frozen.
 
-    name: one of `available_models()`, which is downloaded once (into `cache_dir`, by default
-    ~/.cache/clip), or the path of weights in the layout of OpenAI, open_clip or transformers: see
-    `weights.py`. No code stored in a file is run. activation: "quickgelu" or "gelu", for weights
-    beside which no config says it; `notes` of the model lists what was guessed.
-    Raises ValueError (unknown name, no CLIP, damaged file) or OSError (cannot read, no network).
+    name: a model in `weights.MODELS`, which is downloaded once to `cache_dir` (~/.cache/clip), or a
+    path to weights in the layout of OpenAI, open_clip or transformers. No code in a file is run.
+    activation: "quickgelu" or "gelu", for weights without a config file.
+    Raises ValueError (unknown name, not a CLIP, damaged file) or OSError (cannot read or download).
     """
     path = find(name, cache_dir)
     weights = read_weights(path, activation)
     try:
         model = CLIP.from_state_dict(
-            weights.state, activation=weights.activation, head_width=weights.head_width,
-            mean=weights.mean, std=weights.std,
+            weights.state,
+            activation=weights.activation,
+            head_width=weights.head_width,
+            mean=weights.mean,
+            std=weights.std,
         )
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
@@ -413,7 +398,7 @@ def load(
 
 
 def fingerprint(clip: CLIP) -> str:
-    """Tells CLIPs apart: a short hash of both projections into the joint space and the options."""
+    """A short hash that identifies a CLIP by its two projections and its options."""
     options = (clip.activation, clip.head_width, clip.mean, clip.std)
     digest = hashlib.sha256(repr(options).encode())
     for projection in (clip.visual.proj, clip.text_projection):

@@ -1,432 +1,500 @@
-"""A run: its folder with log, metrics, saved prompts and training states; its processes and device.
+"""A run: its folder and progress, its tables and pictures, its device and processes.
 
-Knows nothing of the method: what it keeps are named numbers and tensors.
+It knows nothing about the method: it stores named numbers and tensors. Several runs in one table:
+
+    python runs.py runs/caltech-101 runs/eurosat runs/dtd
 """
 
 import collections
 import contextlib
+import csv
 import dataclasses
+import datetime
 import io
 import itertools
 import json
 import math
 import os
-import platform
+import shutil
+import signal
+import statistics
+import sys
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torchvision.transforms import functional as TF
+from torchvision.utils import make_grid, save_image
 
-from report import Line, curves, describe, duration, go_on, per_class, plan_picture, results, tables
 from weights import read_tensors
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    import msvcrt
-
-    fcntl = None
-
 # ---- The folder of a run -------------------------------------------------------------------------
-
-
-ORIGIN = ("data", "classnames", "template", "model", "activation")  # flags kept with prompts
-BEGUN = {"lock", "metrics.json.part"}  # all that a run leaves that is killed in its first moment
-MAY_CHANGE = ("output", "resume", "download", "predict", "csv", "names", "device", "workers")
+NOT_COMPARED = ("output", "resume", "device", "workers", "predict", "csv")  # when resuming
+CHANCE = """note    zero-shot accuracy on {} is at the level of chance. If CLIP does not know the
+        class names (ids, another language), or they are mixed up, use --classnames. If they
+        are right, the weights are not: use another --activation or --model."""
 
 
 class Run:
     """A folder with log.txt, metrics.json, results.md, and a sub-folder for each tuning.
 
-    folder: new or empty, None for one of `free_folder`; with `resume` that of a run with the same
-    settings, which are all flags but MAY_CHANGE and those that its tunings have `varied`. writes:
-    false for all processes but the first, which neither write nor print.
-    Raises ValueError if the folder holds something else, or another process is at work in it.
+    settings: all that the results depend on. Only those in `sweep` may differ when a run is
+    resumed. Raises ValueError if the folder cannot be used.
 
-    metrics.json: settings, versions: name -> value. zero_shot, zero_shot_template: target ->
-    accuracy in %, of "a photo of a {}." and of the data set's own template. runs: name, recipe,
-    history (means of each epoch), accuracy (target -> %) and per_class (target -> class -> %) of
-    each tuning. tables: title, classes, source and targets (names of the rows) of each table in
-    results.md.
+    metrics.json: settings; versions; zero_shot and zero_shot_template (target -> accuracy in % with
+    "a photo of a {}." and with the template of the data set); runs, each with name, recipe, history
+    (means per epoch), accuracy (target -> %) and per_class (target -> class -> %).
     """
 
-    def __init__(
-        self, folder: str | None, flags: dict, varied: tuple[str, ...], resume: bool,
-        writes: bool = True,
-    ):
-        self.writes = writes
-        settings = {k: v for k, v in flags.items() if k not in (*varied, *MAY_CHANGE)}
-        settings = json.loads(json.dumps(settings))  # as they come back from the file
-        if writes:
-            self.lock = open_folder(folder, flags["data"], settings, resume)
-            weakref.finalize(self, self.lock.close)  # also after an error
-        self.folder = first_process(lambda: Path(self.lock.name).parent)
-        versions = {"python": platform.python_version(), "torch": torch.__version__,
-                    "torchvision": torchvision.__version__}
-        self.metrics = {"settings": settings, "versions": versions, "zero_shot": {},
-                        "zero_shot_template": {}, "runs": [], "tables": []}
-        file = self.folder / "metrics.json"
-        if resume and file.exists():
-            self.metrics = read_metrics(file, settings)
+    def __init__(self, folder: str | None, settings: dict, sweep: tuple[str, ...], resume: bool):
+        settings = {k: v for k, v in settings.items() if k not in (*sweep, *NOT_COMPARED)}
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+        self.metrics = {"settings": settings, "versions": versions}
+        self.metrics |= {"zero_shot": {}, "zero_shot_template": {}, "runs": []}
+        folders = [open_folder(folder, settings["data"], resume) if rank() == 0 else None]
+        if world_size() > 1:
+            dist.broadcast_object_list(folders)  # from process 0
+        self.folder = folders[0]
+        if (self.folder / "metrics.json").exists():
+            self.metrics = read_metrics(self.folder)
+            old = self.metrics["settings"]
+            changes = [
+                f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if v != old.get(k)
+            ]
+            if changes:
+                raise ValueError(f"cannot resume {self.folder}: {'; '.join(changes)}")
         self.save()
 
     def log(self, text: str) -> None:
-        """Prints lines and appends them to log.txt."""
-        if self.writes:
+        """Prints the text and appends it to log.txt."""
+        if rank() == 0:
+            clear_line()
             print(text, flush=True)
-            line = (text + "\n").encode(errors="backslashreplace")  # names may be no Unicode
-            with open(self.folder / "log.txt", "ab") as f:
-                f.write(line)
+            with open(self.folder / "log.txt", "a", encoding="utf-8", errors="replace") as f:
+                f.write(text + "\n")
 
     def save(self) -> None:
-        """Writes metrics.json."""
-        if self.writes:
-            text = json.dumps(self.metrics, indent=1)
-            replace_file(self.folder / "metrics.json", text.encode())
+        """Writes metrics.json and results.md."""
+        if rank() == 0:
+            tables = f"{results(self.metrics)}\n\n{per_class(self.metrics)}"
+            write_file(self.folder / "results.md", tables.encode(errors="replace"))
+            write_file(self.folder / "metrics.json", json.dumps(self.metrics, indent=1).encode())
 
-    def introduce(
-        self, dataset, targets: dict, shots: int, model: nn.Module, notes=()
-    ) -> None:
-        """Says what the run is made of; arguments as for `describe` and `tables`."""
-        planned = self.metrics["tables"]
-        planned += [t for t in tables(dataset.classnames, targets) if t not in planned]
-        self.log(describe(dataset, targets, shots, model, notes))
-
-    def add_zero_shot(self, target: str, plain: float, own: float, template: str) -> None:
-        """Accuracy in % of the frozen model, with "a photo of a {}." and with the own template."""
-        self.metrics["zero_shot"][target] = plain
-        self.metrics["zero_shot_template"][target] = own
-        also = f', with "{template}" {own:.2f} %' if own != plain else ""
-        self.log(f"zero-shot {target} {plain:.2f} %{also}")
+    def add_zero_shot(self, name: str, target, counts: Tensor) -> None:
+        """counts: (2, C) correct predictions, with "a photo of a {}." and the target's template."""
+        plain, own = (100 * counts.sum(dim=1) / len(target.test)).tolist()
+        self.metrics["zero_shot"][name] = plain
+        self.metrics["zero_shot_template"][name] = own
+        also = "" if own == plain else f', with "{target.template}" {own:.2f} %'
+        self.log(f"zero-shot {name} {plain:.2f} %{also}")
         self.save()
 
+    def note_chance(self, targets: dict) -> None:
+        """Prints a note if zero-shot accuracy is at the level of chance on a target."""
+        for name, target in targets.items():
+            classes, images = len(target.classnames), len(target.test)
+            if classes >= 3 and images >= 20 and self.metrics["zero_shot"][name] < 150 / classes:
+                return self.log(CHANCE.format(name))
+
     def is_done(self, name: str) -> bool:
-        """Whether the tuning of that name was finished before; prints its title."""
+        """Whether this tuning was finished before. Prints its name."""
         done = any(run["name"] == name for run in self.metrics["runs"])
         self.log(f"\n{name}" + (": finished before" if done else ""))
         return done
 
     def record(self, name: str) -> "Record":
-        """What shows and keeps the progress of a tuning."""
-        if self.writes:
-            (self.folder / name).mkdir(exist_ok=True)
-        return Record(self.folder / name / "state.pt", self.log, self.writes)
+        """The progress of one tuning, with its state in a sub-folder of that name."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return Record(self.folder / name / "state.pt", self.log)
 
-    def keep(
-        self, recipe, prompts: nn.Module, tuned_names: list[str], all_names: list[str],
-        history: list, plan: tuple,
-    ) -> None:
-        """Saves tuned prompts with what it takes to use them, and pictures of history and plan."""
-        if self.writes:
-            content = {name: p.detach().cpu() for name, p in prompts.named_parameters()}
-            content |= {"recipe": dataclasses.asdict(recipe), "classnames": tuned_names}
-            content["all_classnames"] = all_names
-            settings = self.metrics["settings"]
-            content |= {"flags": {flag: settings[flag] for flag in ORIGIN}}
-            content |= {"fingerprint": settings["fingerprint"]}
-            save_tensors(content, self.folder / recipe.name / "prompts.pt")
-            curves(history, self.folder / recipe.name / "curves.png")
-            plan_picture(*plan, self.folder / recipe.name / "plan.png")
-
-    def finish(self, recipe, history: list, right: dict[str, tuple]) -> None:
-        """A tuning is complete, and nothing of it is left to resume.
-
-        right: target -> its data set, and how many images of each class were classified right.
-        """
-        run = {"name": recipe.name, "recipe": dataclasses.asdict(recipe), "history": history,
-               "accuracy": {}, "per_class": {}}
-        for target, (dataset, counts) in right.items():
-            images = collections.Counter(label for _, label in dataset.test)
-            run["accuracy"][target] = 100 * sum(counts) / len(dataset.test)
-            run["per_class"][target] = {name: 100 * counts[label] / images[label] for label, name
-                                        in enumerate(dataset.classnames) if images[label]}
-            self.log(f"{target} {run['accuracy'][target]:.2f} %")
-        self.metrics["runs"].append(run)
+    def add_tuning(self, recipe, history: list, targets: dict, counts: dict[str, Tensor]) -> None:
+        """counts: target -> (C,) correct predictions per class. Deletes the state of the tuning."""
+        accuracy, classes = {}, {}
+        for name, target in targets.items():
+            correct = counts[name].tolist()
+            images = collections.Counter(label for _, label in target.test)
+            accuracy[name] = 100 * sum(correct) / len(target.test)
+            classes[name] = {target.classnames[y]: 100 * correct[y] / images[y] for y in images}
+            self.log(f"{name} {accuracy[name]:.2f} %")
+        finished = {"name": recipe.name, "recipe": dataclasses.asdict(recipe), "history": history}
+        self.metrics["runs"].append(finished | {"accuracy": accuracy, "per_class": classes})
         self.save()
-        if self.writes:
-            text = f"{results(self.metrics)}\n\n{per_class(self.metrics)}"
-            replace_file(self.folder / "results.md", text.encode(errors="backslashreplace"))
+        if rank() == 0:
             (self.folder / recipe.name / "state.pt").unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Prints the tables, and leaves the folder to others."""
-        self.log(f"\n{results(self.metrics)}\n\nprompts, metrics, log, pictures: {self.folder}")
-        if self.writes:
-            self.lock.close()
 
+def open_folder(folder: str | None, data: str, resume: bool) -> Path:
+    """Takes a new or empty folder, or finds the run to resume. Default: runs/DATA, runs/DATA-2, ...
 
-def open_folder(folder: str | None, data: str, settings: dict, resume: bool):
-    """Locks a run's folder, see `lock_folder`; without a name the one that `free_folder` finds."""
-    if folder:
-        return lock_folder(Path(folder), data, settings, resume)
-    while True:
-        free = free_folder(data, resume)
-        try:
-            return lock_folder(free, data, settings, resume)
-        except ValueError:
-            if resume or not free.exists():
-                raise  # else another run has just taken it
-
-
-def lock_folder(folder: Path, data: str, settings: dict, resume: bool):
-    """Makes the folder if need be; returns an open file, which is locked as long as it is open.
-
-    The system frees the lock when the process ends, however it does. Raises ValueError if the
-    folder is inside the data set, is locked, or holds something that a run must not touch.
+    Of several runs that start at once, the one that creates log.txt has the folder.
     """
-    if Path(os.path.realpath(data)) in Path(os.path.realpath(folder)).parents:
-        raise ValueError(f"--output {folder} is inside --data, where it would become a class")
-    if resume and (folder / "metrics.json").exists():
-        read_metrics(folder / "metrics.json", settings)  # before anything is written there
-    elif folder.exists() and {p.name for p in folder.iterdir()} - BEGUN:
-        raise ValueError(f"{folder} is not empty: --output names another, or --resume goes on with "
-                         "a run that is in it")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a")
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:  # Windows
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
-        file.close()
-        raise ValueError(f"another process is at work in {folder}") from None
-    return file
+    base = Path(folder or Path("runs") / Path(data).name)
+    if Path(data).resolve() in base.resolve().parents:
+        raise ValueError(f"the results would be in {base}, inside --data: choose another --output")
+    numbered = (base.with_name(f"{base.name}-{i}") for i in itertools.count(2))
+    candidates = [base] if folder else itertools.chain([base], numbered)
+    if resume:
+        candidates = list(itertools.takewhile(Path.exists, candidates))[-1:] or [base]
+        if (candidates[0] / "metrics.json").exists():
+            return candidates[0]
+    for path in candidates:
+        with contextlib.suppress(FileExistsError):  # a file, or another run was faster
+            path.mkdir(parents=True, exist_ok=True)
+            if not any(path.iterdir()):
+                open(path / "log.txt", "x").close()
+                return path
+    raise ValueError(f"{path} is not empty: choose another --output, or --resume the run in it")
 
 
-def read_metrics(file: Path, settings: dict) -> dict:
-    """The content of a run's metrics.json; ValueError if it is damaged or of other settings."""
+def read_metrics(folder: Path) -> dict:
+    """Reads the metrics.json of a run. ValueError if it is damaged or something else."""
+    file = folder / "metrics.json"
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
-        before = metrics["settings"]
-        kinds = {"settings": dict, "zero_shot": dict, "zero_shot_template": dict, "runs": list,
-                 "tables": list}
-        percents = [*metrics["zero_shot"].values(), *metrics["zero_shot_template"].values()]
-        if not (all(isinstance(metrics[name], kind) for name, kind in kinds.items())
-                and all(type(x) is float for x in percents)):
-            raise TypeError
-        if metrics["runs"]:
-            [run["name"] for run in metrics["runs"]]
-            results(metrics), per_class(metrics)  # they need all that there should be
-        else:
-            metrics["tables"] = []  # are planned anew
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise ValueError(f"{file} is damaged, or not of a run; name another --output") from None
-    changed = [f"{name} was {before.get(name)}, is {value}"
-               for name, value in settings.items() if before.get(name) != value]
-    if changed:
-        raise ValueError(f"cannot resume {file.parent} with other settings: {'; '.join(changed)}")
-    return metrics
-
-
-def free_folder(data: str, resume: bool) -> Path:
-    """runs/NAME, NAME-2, ...: the first that is free or, to resume, the last that there is."""
-    base = Path("runs") / Path(data).name
-    names = (base.with_name(f"{base.name}-{i}" if i > 1 else base.name) for i in itertools.count(1))
-    taken = []
-    for folder in names:
-        if not folder.exists():
-            return taken[-1] if resume and taken else folder
-        taken.append(folder)
-
-
-# ---- The progress of a tuning --------------------------------------------------------------------
+        results(metrics), per_class(metrics), Path(metrics["settings"]["data"])
+        return metrics
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{file} is damaged or was not written by a run") from None
 
 
 class Record:
-    """Shows the progress of a tuning, and keeps its state and the means of each epoch.
+    """Shows the progress of a tuning, and saves its state after each epoch to resume from it."""
 
-    file: for the state; without one nothing is kept. log: prints a line.
-    """
+    def __init__(self, file: Path | None = None, log=print):
+        self.file, self.log = file, log
+        self.history: list[dict[str, float]] = []  # the means of each epoch
+        self.parts: list[Tensor] = []  # the numbers of each step in this epoch
 
-    def __init__(self, file: Path | None = None, log: Callable = print, writes: bool = True):
-        self.file, self.log, self.writes = file, log, writes
-        self.history: list[dict[str, float]] = []
-        self.parts: list[Tensor] = []  # the numbers of each step of this epoch
-
-    def begin(self, epochs: int, steps: int, images: int, prompts: nn.Module, optimizer) -> int:
-        """Restores the state if there is one; returns the number of epochs done before.
-
-        epochs: of the tuning, steps: of an epoch, images: of a step.
-        """
-        self.epochs, self.steps, self.images = epochs, steps, images
-        self.state = {"prompts": prompts, "optimizer": optimizer}
+    def begin(self, epochs: int, steps: int, prompts: nn.Module, optimizer) -> int:
+        """Restores the state if there is one. Returns the number of finished epochs."""
+        self.epochs, self.prompts, self.optimizer = epochs, prompts, optimizer
         if self.file and self.file.exists():
-            self.history = self.restore()
-        self.start, self.before = time.perf_counter(), len(self.history)
-        self.line = Line(self.log)
-        return self.before
-
-    def restore(self) -> list[dict[str, float]]:
-        """Loads the state from the file; returns the history in it."""
-        saved = load_tensors(self.file, {"prompts": dict, "optimizer": dict, "history": list})
-        optimizer, history = self.state["optimizer"], saved["history"]
-        groups = optimizer.state_dict()["param_groups"]  # are the recipe's
-        restore(self.state["prompts"], saved["prompts"], self.file)
-        restore(optimizer, saved["optimizer"] | {"param_groups": groups}, self.file)
-        for parameter in self.state["prompts"].parameters():
-            buffers = optimizer.state[parameter]
-            momentum = buffers.get("momentum_buffer") if isinstance(buffers, dict) else None
-            if not isinstance(momentum, Tensor) or momentum.shape != parameter.shape or not (
-                momentum.isfinite().all()
-            ):
-                raise ValueError(f"{self.file} does not fit: a momentum is of another tuning")
-        if not 0 < len(history) <= self.epochs or not all(
-            isinstance(means, dict) and means and set(means) == set(history[0])
-            and all(type(x) is float and math.isfinite(x) for x in means.values())
-            for means in history
-        ):
-            raise ValueError(f"{self.file} does not fit: its history is not of this tuning")
-        return history
+            saved = read_tensors(self.file)
+            try:
+                prompts.load_state_dict(saved["prompts"])
+                optimizer.load_state_dict(saved["optimizer"])
+                self.history = list(saved["history"])
+            except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as e:
+                raise ValueError(f"{self.file} is not the state of this tuning: {e}") from None
+        self.start = time.perf_counter()
+        self.done, self.total = 0, steps * (epochs - len(self.history))  # steps since the start
+        return len(self.history)
 
     def step(self, parts: dict[str, Tensor]) -> None:
-        """parts: the loss and what it is made of; its numbers (not tensors) are kept."""
-        go_on()
-        numbers = {k: x for k, x in parts.items() if isinstance(x, Tensor) and x.ndim == 0}
-        self.names = list(numbers)
-        self.parts.append(torch.stack(list(numbers.values())))
-        if len(self.parts) % 10 == 0:  # to read numbers in every step would stall a GPU
+        """parts: the loss and its parts by name. Only scalars are kept."""
+        scalars = {k: x for k, x in parts.items() if isinstance(x, Tensor) and x.ndim == 0}
+        self.names = list(scalars)
+        self.parts.append(torch.stack(list(scalars.values())))
+        self.done += 1
+        if self.done % 10 == 0:  # reading the numbers in every step would stall a GPU
             self.show()
 
-    def show(self) -> dict[str, float]:
-        """Shows how far the tuning is, with the means of this epoch, which are returned."""
-        epoch, done = len(self.history), len(self.parts)
-        numbers = torch.stack(self.parts).cpu()  # (steps, names)
-        if not numbers.isfinite().all():
-            step = int(numbers.isfinite().all(dim=1).logical_not().nonzero()[0]) + 1
-            where = f"epoch {epoch + 1}, step {step}"
-            raise ValueError(f"the loss is not finite in {where}; lower --lr?")
-        means = dict(zip(self.names, numbers.mean(dim=0).tolist()))
-        done += self.steps * (epoch - self.before)
-        seconds = time.perf_counter() - self.start
-        left = seconds / done * (self.steps * (self.epochs - self.before) - done)
-        columns = [f"{name.replace('_', '-')} {mean:.4f}" for name, mean in means.items()]
-        rate = f"{self.images * done / seconds:.0f} img/s"
-        self.line.show(" ".join([f"{epoch + 1}/{self.epochs}", *columns, rate, duration(left)]))
-        return means
+    def show(self) -> tuple[dict[str, float], str]:
+        """Shows the means of this epoch. Returns them and the line."""
+        epoch = len(self.history) + 1
+        means = dict(zip(self.names, torch.stack(self.parts).mean(dim=0).tolist()))
+        if not all(map(math.isfinite, means.values())):
+            raise ValueError(f"the loss is not finite in epoch {epoch}: try a lower --lr")
+        text = " ".join(f"{k.replace('_', '-')} {mean:.4f}" for k, mean in means.items())
+        text = f"{epoch}/{self.epochs} {text}"
+        return means, progress(text, self.done, self.total, "steps", self.start)
 
     def end_of_epoch(self) -> None:
-        """Keeps the means and the state."""
-        self.history.append(self.show())
+        """Adds the means to the history and saves the state."""
+        means, line = self.show()
+        self.history.append(means)
         self.parts = []
         if len(self.history) == self.epochs:
-            self.line.keep()
-        if self.file and self.writes:
-            state = {name: dict(holder.state_dict()) for name, holder in self.state.items()}
-            save_tensors(state | {"history": self.history}, self.file)
-
-
-# ---- Files ---------------------------------------------------------------------------------------
+            self.log(line)
+        if self.file and rank() == 0:
+            state = {"prompts": self.prompts.state_dict(), "history": self.history}
+            save_tensors(state | {"optimizer": self.optimizer.state_dict()}, self.file)
 
 
 def save_tensors(content: dict, path: Path) -> None:
-    """torch.save in one go."""
+    """Saves with torch.save, all or nothing."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    replace_file(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
-def load_tensors(path: str | os.PathLike, kinds: dict[str, type]) -> dict:
-    """What `save_tensors` wrote; no code in the file is run. kinds: what it must have, by name.
-
-    Raises ValueError if the file is damaged, or of another kind.
-    """
-    saved = read_tensors(path)
-    for name, kind in kinds.items():
-        if not isinstance(saved.get(name), kind):
-            raise ValueError(f"{path} is another kind of file: it has no {name}")
-    return saved
-
-
-def read_prompts(path: str | os.PathLike, recipe: type, fingerprint: str | None = None) -> dict:
-    """The content of a prompts.pt, see `Run.keep`; its recipe as an object of the class `recipe`.
-
-    Raises ValueError also for prompts of weights with another fingerprint.
-    """
-    saved = load_tensors(path, {
-        "text": Tensor, "vision": Tensor, "recipe": dict, "classnames": list,
-        "all_classnames": list, "flags": dict, "fingerprint": str,
-    })
-    fields = dataclasses.fields(recipe)
-    for names in (saved["classnames"], saved["all_classnames"]):
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{path} does not fit: its class names are no text")
-    saved["flags"] = {flag: saved["flags"].get(flag) for flag in ORIGIN}
-    for flag, value in saved["flags"].items():
-        if not isinstance(value, str) and (value is not None or flag in ("data", "model")):
-            raise ValueError(f"{path} does not fit: its flag {flag} is no text")
-    if fingerprint not in (None, saved["fingerprint"]):
-        model = saved["flags"]["model"]
-        raise ValueError(f"the prompts in {path} were tuned for other weights: {model}")
-    known = {f.name: saved["recipe"].get(f.name, f.default) for f in fields}
-    return saved | {"recipe": recipe(**known)}
-
-
-def flags_of(saved: dict, with_data: bool) -> dict:
-    """The flags that a prompts.pt stands for; with those that speak of its data, or without."""
-    flags = saved["flags"] if with_data else {k: saved["flags"][k] for k in ("model", "activation")}
-    return flags | {"classes": [saved["recipe"].classes], "names": saved["all_classnames"]}
-
-
-def restore(holder, state: dict, path: str | os.PathLike) -> None:
-    """Loads a state from a file into a module or an optimizer; ValueError if it does not fit."""
-    try:
-        holder.load_state_dict(state)
-        tensors = [value for value in state.values() if isinstance(value, Tensor)]
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            raise ValueError("not all of its numbers are finite")
-    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as e:
-        raise ValueError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes to a temporary file, then renames: whoever is killed leaves the old file whole."""
+def write_file(path: Path, content: bytes) -> None:
+    """Writes another file, then renames it, so that a killed process leaves the old file whole."""
     part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+# ---- Output --------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line on stderr: exit status 2 for errors, 130 if interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not know every character
+            stream.reconfigure(errors="backslashreplace")
     try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as e:  # the system's message does not name the file if the disk is full
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({e.strerror})") from None
+        yield
+    except BrokenPipeError:  # the reader has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        if sys.flags.dev_mode:  # python -X dev
+            raise
+        text = str(e).strip() or type(e).__name__
+        if text.startswith("Caught ") and "DataLoader worker" in text:  # with a whole traceback
+            text = text.splitlines()[-1].partition(": ")[2]
+        print(f"error: {' '.join(text.split())[:500]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues after the last finished epoch", file=sys.stderr)
+        sys.exit(130)
 
 
-# ---- Device and processes ------------------------------------------------------------------------
+_printed = 0.0  # when `progress` last printed a line
+
+
+def progress(text: str, done: int, total: int, unit: str, start: float) -> str:
+    """Shows how far the work is that began at `start` (time.perf_counter). Returns the line.
+
+    On a terminal, the line is rewritten. Elsewhere, one is printed every 30 seconds.
+    """
+    global _printed
+    now = time.perf_counter()
+    rate = done / (now - start)
+    left = datetime.timedelta(seconds=round((total - done) / rate))
+    line = f"{text}, {rate:.1f} {unit}/s, {left} left"
+    if rank() == 0 and sys.stdout.isatty():
+        print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+    elif rank() == 0 and now - max(start, _printed) > 30:
+        print(line, flush=True)
+        _printed = now
+    return line
+
+
+def clear_line() -> None:
+    """Removes the line of `progress` from a terminal."""
+    if rank() == 0 and sys.stdout.isatty():
+        print("\r\033[K", end="", flush=True)
+
+
+def describe(dataset, targets: dict, model: nn.Module, recipes: list) -> str:
+    """What the run works on, in a few lines, with a note on everything that was guessed."""
+    sizes = f"{len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.test)} test images"
+    half = "the first half of the classes (--classes all: on all of them)"
+    trained = sum(p.numel() for p in model.prompts.parameters())
+    frozen = sum(p.numel() for p in model.clip.parameters()) / 1e6
+    lines = [
+        f"data    {dataset.name}: {len(dataset.classnames)} classes, {sizes}",
+        f"tuning  on {half if recipes[0].classes == 'base' else 'all classes'}",
+        f"model   {frozen:.1f} M frozen parameters, {trained:,} trained, on {model.text0.device}",
+    ]
+    notes = [*model.clip.notes, *dataset.notes]
+    for name, target in targets.items():
+        names = ", ".join(target.classnames[:9]) + ", ..." * (len(target.classnames) > 9)
+        size = f"{len(target.test)} images of {len(target.classnames)} classes"
+        lines.append(f"target  {name}: {size}: {names}")
+        notes += target.notes
+    shots = max(recipe.shots for recipe in recipes)
+    images = collections.Counter(dataset.classnames[label] for _, label in dataset.train)
+    if few := [name for name in images if images[name] < shots]:
+        notes.append(f"{len(few)} classes have fewer than {shots} training images, e.g. {few[0]}")
+    return "\n".join(lines + [f"note    {note}" for note in dict.fromkeys(notes)]) + "\n"
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """HM = 2 b n / (b + n); 0 if both are 0."""
+    return 2 * base * novel / (base + novel) if base + novel else 0.0
+
+
+def methods(metrics: dict) -> dict[str, list[dict[str, float]]]:
+    """The accuracies (target -> %) of zero-shot CLIP and of the tunings, for each seed."""
+    found = {"zero-shot": [metrics["zero_shot"]]}
+    found["zero-shot, own template"] = [metrics["zero_shot_template"]]
+    for run in metrics["runs"]:
+        name = f"{run['recipe']['reg']}, {run['recipe']['shots'] or 'all'} shots"
+        found.setdefault(name, []).append(run["accuracy"])
+    return found
+
+
+def own_targets(accuracy: dict[str, float]) -> list[str]:
+    """The targets from the data set of the run: base and novel, or all of it."""
+    targets = list(accuracy)
+    return targets[:2] if targets[:2] == ["base", "novel"] else targets[:1]
+
+
+def with_summary(accuracy: dict[str, float]) -> dict[str, float]:
+    """Adds HM after base and novel, and the average of the other targets if there are several."""
+    summary = {target: accuracy[target] for target in own_targets(accuracy)}
+    others = {target: value for target, value in accuracy.items() if target not in summary}
+    if len(summary) == 2:
+        summary["HM"] = harmonic_mean(*summary.values())
+    if len(others) > 1:
+        others["average of others"] = statistics.mean(others.values())
+    return summary | others
+
+
+def results(metrics: dict) -> str:
+    """A Markdown table: a row for each method, a column for each target. Mean ± std over seeds.
+
+    HM and average are taken for each seed. The standard deviation is that of a sample.
+    """
+    rows = [["accuracy in %", *with_summary(metrics["zero_shot"])]]
+    for name, seeds in methods(metrics).items():
+        cells = [name]
+        for values in zip(*(with_summary(seed).values() for seed in seeds)):
+            std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{std}")
+        rows.append(cells)
+    if rows[1][1:] == rows[2][1:]:  # the data set's own template is the common one
+        del rows[2]
+    return markdown(rows)
+
+
+def per_class(metrics: dict) -> str:
+    """A Markdown table for each target: accuracy in % per class, the lowest first."""
+    runs = metrics["runs"]
+    tables = []
+    for target, first in runs[0]["per_class"].items() if runs else ():
+        rows = [[target, *(run["name"] for run in runs)]]
+        for name in sorted(first, key=first.get):
+            rows.append([name, *(f"{run['per_class'][target][name]:.1f}" for run in runs)])
+        tables.append(markdown(rows))
+    return "\n\n".join(tables) + "\n"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows of cells, of which the first is the head, as a Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    lines = []
+    for first, *others in [rows[0], rule, *rows[1:]]:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("| " + " | ".join([first.ljust(widths[0]), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def overview(folders: list[str]) -> str:
+    """A Markdown table over runs: a row for each data set, then their mean. Means over seeds."""
+    if not folders:
+        raise ValueError("name the folders of runs: python runs.py runs/A runs/B ...")
+    table: dict[str, dict[str, dict]] = {}  # data set -> method -> target -> %
+    for folder in folders:
+        metrics = read_metrics(Path(folder))
+        row = table.setdefault(Path(metrics["settings"]["data"]).name, {})
+        for method, seeds in methods(metrics).items():
+            targets = own_targets(seeds[0])
+            means = [statistics.mean(seed[target] for seed in seeds) for target in targets]
+            row[method] = dict(zip(targets if len(means) == 2 else ["accuracy"], means))
+    first = next(iter(table.values()))
+    if any(first.keys() != row.keys() for row in table.values()):
+        raise ValueError(f"the runs differ in their methods, {', '.join(first)} in {folders[0]}")
+    table["mean"] = {
+        method: {t: statistics.mean(row[method][t] for row in table.values()) for t in targets}
+        for method, targets in first.items()
+    }
+    rows = [["accuracy in %", *(f"{m}: {t}" for m in first for t in with_summary(first[m]))]]
+    for name, row in table.items():
+        values = [value for method in row.values() for value in with_summary(method).values()]
+        rows.append([name, *(f"{value:.2f}" for value in values)])
+    return markdown(rows)
+
+
+def predictions(found: Iterable, paths: list[str], names: list[str], file: str | None) -> None:
+    """Prints the five most likely classes of each image, or writes the first to a new CSV file.
+
+    found: pairs of path and probabilities (C,). Raises ValueError at the end if some of `paths` are
+    not among them, since these images could not be read.
+    """
+    unreadable = dict.fromkeys(paths)
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with open(file, "x", **text) if file else contextlib.nullcontext() as output:
+        if file:
+            rows = csv.writer(output)
+            rows.writerow(["path", "class", "probability"])
+        for path, probabilities in found:
+            unreadable.pop(path, None)
+            top = probabilities.argsort(descending=True)[:5].tolist()
+            if file:
+                rows.writerow([path, names[top[0]], f"{probabilities[top[0]]:.4f}"])
+            else:
+                print(path, *(f"  {probabilities[i]:6.1%}  {names[i]}" for i in top), sep="\n")
+    if unreadable:
+        raise ValueError(f"cannot read {len(unreadable)} images: {', '.join(unreadable)}")
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+def plan_picture(cost: Tensor, plan: Tensor, images: list[Image.Image], path: Path) -> None:
+    """Draws the cost (B, B), left, and the plan (B, B), right, of B images; dark is high.
+
+    The images stand on the left for the tuned model and on top for the frozen one.
+    """
+    tiles = [TF.to_tensor(ImageOps.fit(image, (40, 40))) for image in images]  # (3, 40, 40) each
+    panels = []
+    for matrix in (cost, plan):
+        shades = 1 - (matrix - matrix.min()) / (matrix.max() - matrix.min() + 1e-12)
+        cells = [torch.ones(3, 40, 40), *tiles]
+        for tile, row in zip(tiles, shades.tolist()):
+            cells += [tile, *(torch.full((3, 40, 40), shade) for shade in row)]
+        panels.append(make_grid(cells, nrow=1 + len(tiles), padding=3, pad_value=0.8))
+    save_image(torch.cat(panels, dim=2), path)
+
+
+def curves(history: list[dict[str, float]], path: Path) -> None:
+    """Draws the mean of each number per epoch, in a panel from 0 to its maximum."""
+    width, height = 640, 150
+    picture = Image.new("RGB", (width, height * len(history[0])), "white")
+    draw = ImageDraw.Draw(picture)
+    for k, name in enumerate(history[0]):
+        values = [means[name] for means in history]
+        top = max(values) or 1
+        title = f"{name.replace('_', '-')}: 0 to {top:.3g}, epochs 1 to {len(values)}"
+        draw.text((10, k * height), title, fill="black", font_size=18)
+        x = torch.linspace(10, width - 10, len(values)).tolist()
+        y = [(k + 1) * height - 10 - (height - 40) * value / top for value in values]
+        draw.line([*zip(x, y)], fill="black", width=3)
+        draw.rectangle([10, k * height + 30, width - 10, (k + 1) * height - 10], outline="gray")
+    picture.save(path)
+
+
+# ---- Paths, device, processes started by torchrun ------------------------------------------------
+def full_path(path: str) -> str:
+    """The absolute path, or the same text if there is no such file, as for the name ViT-B/16."""
+    full = os.path.abspath(os.path.expanduser(path))
+    return full if os.path.exists(full) else path
 
 
 def usable_device(name: str) -> str:
-    """A device; "auto" is a GPU if there is one. ValueError if it cannot be used here."""
+    """Checks the device; "auto" means a GPU if there is one. ValueError if it cannot be used."""
     if name == "auto":
-        there = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
-        kinds = [kind for kind, backend in there.items() if backend.is_available()]
-        name = f"{kinds[0]}:{os.environ.get('LOCAL_RANK', '0')}" if kinds else "cpu"
+        gpu = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if gpu else "cpu"
     try:
         torch.zeros(1, device=name).tolist()
-    except Exception as e:  # each kind of device has its own for not being there
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
+    except Exception as e:  # each kind of device raises its own
+        reason = str(e).split("\n")[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}") from None
     return name
 
 
 def set_threads(model: nn.Module) -> None:
-    """One thread for a small model on a CPU, unless OMP_NUM_THREADS says otherwise.
-
-    More threads wait for each other more than they compute, above all on a busy machine.
-    """
+    """Uses one thread for a tiny model on a CPU, where several mostly wait for each other."""
     if sum(p.numel() for p in model.parameters()) < 2e7 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Joins the processes that torchrun has started, if it has, and leaves them in the end."""
+    """Joins the processes that torchrun has started, if it has, and leaves them at the end."""
     if "LOCAL_RANK" in os.environ:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()  # gloo for tensors on the CPU, nccl on GPUs
     yield
     if dist.is_initialized():
@@ -434,21 +502,13 @@ def processes() -> Iterator[None]:
 
 
 def rank() -> int:
-    """Of this process, 0 to P - 1; the first is the one that prints and writes."""
+    """Number of this process, 0 to P - 1. Process 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """P, the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def first_process(function: Callable, *args):
-    """function(*args), which the first process alone computes, on all of them."""
-    values = [function(*args) if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def add_up(x: Tensor) -> Tensor:
@@ -459,18 +519,16 @@ def add_up(x: Tensor) -> Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """Rows of all processes, in order of rank: (B / P, ...) -> (B, ...)."""
+    """Concatenates the rows of all processes in the order of ranks: (B / P, ...) -> (B, ...)."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        """Everyone's rows, on every process."""
         rows = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(rows, x.contiguous())
         return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        """What the losses of all processes together say of one's own rows."""
         return add_up(gradient.clone()).chunk(world_size())[rank()]
 
 
@@ -480,7 +538,17 @@ def gather(x: Tensor) -> Tensor:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Over processes; each has the gradient of the whole loss, or P times that of its share."""
+    """Averages gradients over the P processes.
+
+    Every process computes the loss of the whole batch, so its text prompts have the full gradient.
+    The backward pass of `gather` adds up P such losses, so its vision prompts have P times the
+    gradient of its own images. The mean over processes is the full gradient in both cases.
+    """
     if world_size() > 1:
         for parameter in module.parameters():
             parameter.grad = add_up(parameter.grad) / world_size()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        print(overview(sys.argv[1:]), "Every HM is that of the two means in its row.", sep="\n\n")

@@ -1,392 +1,389 @@
-"""CLIP's weights: where they are found, and what files of OpenAI, open_clip and transformers hold.
+"""CLIP weights: finds them, and reads the files of OpenAI, open_clip and transformers.
 
     weights = read_weights(find("ViT-B/16"))     # a published model, from a cache or downloaded
     weights = read_weights("clip.safetensors")   # a file, or a folder with weights and a config
 
-Whatever the layout, `weights.state` has the keys of OpenAI's state dicts. No code that a file may
-hold is run. This file knows names of tensors, but no model; it can be copied alone.
+Whatever the layout, `weights.state` has the keys of OpenAI's state dicts. No code in a file is run.
+Weights in several files, quantised weights, single towers and other architectures are refused by
+name. Shapes are not checked here. This file needs torch only and can be copied alone.
 """
 
-import hashlib
+import collections
 import json
-import math
 import mmap
 import os
-import pickletools
-import secrets
+import pickle
+import re
+import socket
 import sys
-import time
-import urllib.request
 import zipfile
 from http.client import HTTPException
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+# ---- Finding the file: caches, then the Hugging Face hub, then OpenAI ----------------------------
 
-# ---- Finding a model's file: caches, then the hub, then OpenAI -----------------------------------
-
-MODELS = {  # name -> SHA-256 of OpenAI's archive, the hub's repositories: timm/<>.openai, openai/<>
-    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-                 "vit_base_patch32_clip_224", "clip-vit-base-patch32"),
-    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-                 "vit_base_patch16_clip_224", "clip-vit-base-patch16"),
-    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-                 "vit_large_patch14_clip_224", "clip-vit-large-patch14"),
-    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-                       "vit_large_patch14_clip_336", "clip-vit-large-patch14-336"),
+MODELS = {  # name -> SHA-256 of OpenAI's archive; hub repository in the layout of transformers;
+    # hub repository@revision with OpenAI's keys; SHA-256 of its open_clip_model.safetensors
+    "ViT-B/32": (
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+        "openai/clip-vit-base-patch32",
+        "timm/vit_base_patch32_clip_224.openai@a6f597a30f7b82c51704746581f9a4e41421e878",
+        "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31",
+    ),
+    "ViT-B/16": (
+        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+        "openai/clip-vit-base-patch16",
+        "timm/vit_base_patch16_clip_224.openai@977e3dd0ec55ab8da155f2fbeb6b5f54948b6e3d",
+        "4b8699299b1e8997753c64b052ba32031449d5d853f55a039148560ee02b820f",
+    ),
+    "ViT-L/14": (
+        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+        "openai/clip-vit-large-patch14",
+        "timm/vit_large_patch14_clip_224.openai@18d0535469bb561bf468d76c1d73aa35156c922b",
+        "9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e",
+    ),
+    "ViT-L/14@336px": (
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+        "openai/clip-vit-large-patch14-336",
+        "timm/vit_large_patch14_clip_336.openai@81e38efc4637de5023b10e75a7f9bd1c6fa6b010",
+        "fbc415c3d0d7b79faed8f5ccfb740c32b7c4f5ffe7283b851f89c6231c01a8e0",
+    ),
 }
 HOSTS = ("https://openaipublic.azureedge.net", "https://openaipublic.blob.core.windows.net")
-HUB_FILES = ("open_clip_model.safetensors", "model.safetensors",  # in this order: where timm has
-             "open_clip_pytorch_model.bin", "pytorch_model.bin")  # both, its second is no CLIP
-TIMEOUT = 30  # seconds without a byte
-
-
-def available_models() -> list[str]:
-    """The published models that `find` knows by name."""
-    return list(MODELS)
+FILES = (  # in this order: in timm's repositories, model.safetensors is not a CLIP
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "*.index.json",  # of weights in several files, which `read_weights` refuses
+)
 
 
 def find(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Path:
-    """The file or folder that holds a model's weights.
+    """Returns the file or folder of a model. Raises ValueError (unknown name) or OSError.
 
-    name: one of `available_models()`, looked for in `cache_dir` (~/.cache/clip) and in the cache of
-    the Hugging Face hub, else downloaded into `cache_dir`; or a path; or a repository in the hub's
-    cache. Raises ValueError (unknown name) or OSError (download, disk).
+    name: a path; a repository in the Hugging Face hub's cache; or one of MODELS, downloaded to
+    `cache_dir` (default ~/.cache/clip) unless it is there or in the hub's cache.
     """
+    name = os.fspath(name)
     if name not in MODELS:
-        path = Path(os.path.expanduser(name))
-        if found := path if os.path.exists(path) else _in_hub_cache(str(name)):
+        path = os.path.expanduser(name)
+        found = Path(path) if os.path.exists(path) else _in_hub_cache(name)
+        if found:
             return found
-        raise ValueError(f"unknown model {str(name)!r}: no file or folder, no repository with "
-                         f"weights in the Hugging Face hub's cache, none of {', '.join(MODELS)}")
-    sha256, timm, openai = MODELS[name]
+        raise ValueError(
+            f"unknown model {name!r}: not a file or folder, not a repository with weights in the "
+            f"Hugging Face hub's cache, and not one of {', '.join(MODELS)}"
+        )
+    archive_sha256, openai, timm, sha256 = MODELS[name]
+    timm, revision = timm.split("@")
     folder = Path(os.path.expanduser(cache_dir or "~/.cache/clip"))
-    hub_file = folder / f"timm--{timm}.openai.safetensors"
-    archive = folder / (name.replace("/", "-").replace("@", "-") + ".pt")
+    hub_file = folder / f"{timm.replace('/', '--')}.safetensors"
+    archive = folder / f"{name.replace('/', '-').replace('@', '-')}.pt"
     if hub_file.is_file():
         return hub_file
-    if zipfile.is_zipfile(archive):  # not if another program's download was interrupted
+    if zipfile.is_zipfile(archive):  # it is not if another program's download was interrupted
         return archive
-    if found := (_in_hub_cache(f"timm/{timm}.openai", HUB_FILES[:1])
-                 or _in_hub_cache(f"openai/{openai}")):
+    found = _in_hub_cache(timm, FILES[:1]) or _in_hub_cache(openai)
+    if found:
         return found
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    sources = [(f"{hub}/timm/{timm}.openai/resolve/main/{HUB_FILES[0]}", hub_file, None)]
-    sources += [(f"{host}/clip/models/{sha256}/{archive.name}", archive, sha256) for host in HOSTS]
-    failures = []
-    for url, path, known_sha256 in sources:
-        try:
-            return _download(url, path, known_sha256)
-        except (OSError, HTTPException, ValueError) as e:
-            failures.append(f"{url}: {_one_line(e)}")
-    raise OSError(f"cannot download {name} to {folder} ({'; '.join(failures)}); "
-                  "if you have the weights, pass their path as the model (--model PATH)")
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    sources = [(f"{hub}/{timm}/resolve/{revision}/{FILES[0]}", hub_file, sha256)]
+    for host in HOSTS:
+        url = f"{host}/clip/models/{archive_sha256}/{archive.name}"
+        sources.append((url, archive, archive_sha256))
+    return _download(name, sources)
 
 
-def _in_hub_cache(repository: str, files: tuple[str, ...] = HUB_FILES) -> Path | None:
-    """The first of `files` that the hub's cache has of a repository."""
-    home = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
-    folder = Path(home, "hub", "models--" + repository.replace("/", "--"), "snapshots")
+def _in_hub_cache(repository: str, files: tuple[str, ...] = FILES) -> Path | None:
+    env = os.environ.get
+    home = env("HF_HOME") or (env("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
+    hub = env("HF_HUB_CACHE") or env("HUGGINGFACE_HUB_CACHE") or home + "/hub"
+    folder = Path(os.path.expanduser(hub), f"models--{repository.replace('/', '--')}", "snapshots")
+    if not os.path.isdir(folder):  # also where no folder can have such a name
+        return None
     return next((p for file in files for p in folder.glob(f"*/{file}") if p.is_file()), None)
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Keeps the SHA-256 that the hub states where it redirects to the file itself."""
-
-    sha256 = None
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.sha256 = self.sha256 or headers.get("X-Linked-Etag")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _download(url: str, path: Path, sha256: str | None) -> Path:
-    """To a temporary file, which becomes `path` only when its SHA-256 is right."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # each process has its own
-    redirects, digest, start = _Redirects(), hashlib.sha256(), time.monotonic()
+def _download(name: str, sources: list[tuple[str, Path, str]]) -> Path:
+    """Tries each (URL, target, SHA-256). A target appears once its SHA-256 has been checked."""
+    failures = []
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without a byte; torch.hub sets none
     try:
-        opener = urllib.request.build_opener(redirects)
-        with opener.open(url, timeout=TIMEOUT) as response, part.open("xb") as file:
-            sha256 = sha256 or redirects.sha256 or response.headers.get("X-Linked-Etag")
-            if not sha256:
-                raise OSError("no SHA-256 is stated, so the file could not be checked")
-            total = int(response.headers.get("Content-Length") or 0)
-            print(f"downloading {url} ({total / 1e6:.0f} MB)", file=sys.stderr)
-            while chunk := response.read(2**18):
-                file.write(chunk)
-                digest.update(chunk)
-                if sys.stderr.isatty() and total:  # one line, written over and over
-                    left = (time.monotonic() - start) * (total / file.tell() - 1)
-                    sys.stderr.write(f"{file.tell() // 10**6} MB, {left:.0f} s left  \r")
-        if digest.hexdigest() != sha256.strip('"'):
-            raise OSError(f"cut off, or another file: its SHA-256 is {digest.hexdigest()}")
-        return part.replace(path)
+        for url, path, sha256 in sources:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print(f"downloading {url} to {path}", file=sys.stderr)
+            try:
+                torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
+                return path
+            except (OSError, HTTPException, RuntimeError, ValueError) as e:
+                failures.append(f"{url.split('/')[2]}: {_one_line(e)}")
     finally:
-        part.unlink(missing_ok=True)
+        socket.setdefaulttimeout(timeout)
+    reasons = "; ".join(failures)
+    raise OSError(f"cannot download {name}; if you have its file, use --model PATH ({reasons})")
 
 
 def _one_line(e: Exception) -> str:
-    kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__} "
+    kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
     return kind + " ".join(str(e).split())[:300]
 
 
-# ---- Files -> tensors ----------------------------------------------------------------------------
+# ---- File -> tensors -----------------------------------------------------------------------------
 
-DTYPES = {  # as torch's pickles name them, and safetensors' headers
-    "torch FloatStorage": torch.float32, "torch HalfStorage": torch.float16, "F32": torch.float32,
-    "torch BFloat16Storage": torch.bfloat16, "torch LongStorage": torch.int64, "F16": torch.float16,
-    "torch BoolStorage": torch.bool, "BF16": torch.bfloat16, "I64": torch.int64,
-}
-MAX_HEADER = 2**21  # bytes that describe the tensors of a file: enough for 15,000 of them
-SLACK = 2**27  # bytes by which tensors may exceed their file, which may be compressed
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def read_tensors(path: str | os.PathLike) -> dict:
-    """What a file of weights holds, be it .safetensors or written by torch.save or torch.jit.save.
+    """Reads a dict from a file of safetensors, torch.save or torch.jit.save.
 
-    Tensors (on the CPU, in the file's dtype) in nested dicts and lists, among str, int, float, bool
-    and None. Tuples have become lists, TorchScript's modules the dicts of their attributes.
-    Raises OSError (cannot be opened) or ValueError (damaged, or of another kind).
+    Tensors (on the CPU, in the file's dtype), containers and plain values are restored. Any other
+    object becomes a dict of its attributes. Raises ValueError (damaged, no such file) or OSError.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is no file")  # to open a pipe would wait for ever
+        raise ValueError(f"{path} is not a regular file")  # opening a pipe would wait forever
     with open(path, "rb") as file:
         try:
-            read = _read_archive if file.read(2) == b"PK" else _read_safetensors
-            file.seek(0)
-            return read(file)
-        except Exception as e:  # damage shows in many ways, and none of them has done any harm
-            raise ValueError(f"{path}: damaged, or no weights: {_one_line(e)}") from e
+            if file.read(2) != b"PK":  # as every zip file begins
+                return _read_safetensors(file)
+            with zipfile.ZipFile(file) as archive:
+                return {**_Unpickler(archive).load()}
+        except Exception as e:  # damage shows in many ways
+            raise ValueError(
+                f"{path} is damaged or does not hold weights ({_one_line(e)}); if it was "
+                "downloaded, delete it and run again"
+            ) from None
 
 
 def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
-    """8 bytes: length of a JSON header; the header: dtype, shape, place of each tensor; bytes."""
+    """8 bytes: length of the header; JSON header: dtype, shape and place of each tensor; data."""
+    state = {}
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
         start = 8 + int.from_bytes(raw[:8], "little")
-        if start > MAX_HEADER:
-            raise ValueError("neither .safetensors nor of torch.save since version 1.6")
-        header, state, place = json.loads(raw[8:start]), {}, start
+        if start > len(raw):
+            raise ValueError(f"neither .safetensors nor saved by PyTorch >= 1.6: {raw[:24]!r}...")
+        header = json.loads(raw[8:start])
         header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            if not place == begin <= end <= len(raw):
-                raise ValueError(f"{name[:80]!r} does not lie where it should")
-            numbers = torch.frombuffer(bytearray(raw[begin:end]), dtype=DTYPES[entry["dtype"]])
-            state[name] = numbers.reshape(entry["shape"][:9])
-            place = end
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} has dtype {entry['dtype']}, which is not supported")
+            dtype = DTYPES[entry["dtype"]]
+            numbers = torch.frombuffer(bytearray(raw[start + begin : start + end]), dtype=dtype)
+            state[name] = numbers.reshape(entry["shape"])
     return state
 
 
-def _read_archive(file: BinaryIO) -> dict:
-    """A zip that holds <root>/data.pkl and the storages that this names: <root>/data/<key>."""
-    with zipfile.ZipFile(file) as archive:
-        sizes = {info.filename: info.file_size for info in archive.infolist()}
-        (pickled,) = (name for name in sizes if name.endswith("/data.pkl"))
-        too_large = sum(sizes.values()) > os.fstat(file.fileno()).st_size + SLACK
-        if too_large or sizes[pickled] > MAX_HEADER or len(sizes) < len(archive.infolist()):
-            raise ValueError("it would unpack to far more than it is, or names stand twice")
-        storages = {}
+class _Inert(dict):
+    """Stands for anything else that a pickle names: modules, argparse.Namespace, os.system, ...
 
-        def storage(_: str, dtype: torch.dtype, key: str, *__) -> Tensor:
-            if key not in storages:  # `read` compares the checksum, too
-                numbers = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{key}"))
-                storages[key] = torch.frombuffer(numbers, dtype=dtype)
-            return storages[key].view(dtype)
+    Calling it only makes a dict, which then holds the attributes and items of the object.
+    """
 
-        return {**_unpickle(archive.read(pickled), storage)}  # anything but a dict is an error
+    __hash__ = object.__hash__  # it may be a key
 
+    def __init__(self, *args, **kwargs):
+        super().__init__()
 
-def _unpickle(data: bytes, storage) -> object:
-    """The value of torch's pickle. Python's own unpickler would call whatever the file names."""
-    make = {  # opcode -> what it makes of items from the stack; tuples could take ages to hash
-        "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-        "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": list, "TUPLE": lambda *all: [*all],
-        "APPEND": lambda target, *items: target.extend(items) or target,
-        "SETITEM": lambda target, *items: target.update(zip(items[::2], items[1::2])) or target,
-        "BUILD": lambda target, state: target.update(islice(state.items(), 200)) or target,
-        "REDUCE": lambda function, arguments: function(*arguments[:9]),  # or it could take ages
-        "NEWOBJ": lambda function, arguments: function(*arguments[:9]),
-        "BINPERSID": lambda arguments: storage(*arguments[:9]),
-    }
-    stack, marks, memo = [], [], {}
-    for opcode, arg, _ in pickletools.genops(data):
-        name = opcode.name.removeprefix("LONG_").rstrip("123S")  # variants differ in size alone
-        start = len(stack) - len(opcode.stack_before)
-        if pickletools.markobject in opcode.stack_before:  # from what stands before the last mark
-            start = marks.pop() - opcode.stack_before.index(pickletools.markobject)
-        items = stack[start:]
-        del stack[start:]
-        if name in make:
-            stack.append(make[name](*items))
-        elif name in ("BININT", "LONG", "BINFLOAT", "BINUNICODE"):
-            stack.append(arg)
-        elif name == "GLOBAL":
-            stack.append(_named(arg))
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "BINPUT":
-            memo[arg] = stack[-1]
-        elif name == "BINGET":
-            stack.append(memo[arg])
-        elif name == "STOP":
-            return items[0]
-        elif name != "PROTO":
-            raise ValueError(f"{name} does not belong in weights")
+    def __setstate__(self, state: object):
+        if isinstance(state, dict):
+            self.update(state)
+
+    def append(self, item: object):  # a deque's items, for example
+        self[len(self)] = item
 
 
-def _named(name: str) -> object:
-    """What stands for "module name" in a pickle."""
-    if name == "collections OrderedDict" or name.startswith("__torch__"):  # TorchScript's classes
-        return lambda: {}
-    if name == "torch._utils _rebuild_parameter" or name.startswith("torch.jit._pickle "):
-        return lambda value, *_: value
-    if name != "torch._utils _rebuild_tensor_v2" and name not in DTYPES:
-        raise ValueError(f"{name[:80]!r} does not belong in weights")
-    return DTYPES.get(name, _rebuild_tensor)
+class _Unpickler(pickle.Unpickler):
+    """Reads the pickle in an archive of PyTorch. Names in it are looked up here, never imported."""
 
+    def __init__(self, archive: zipfile.ZipFile):
+        name = next((n for n in archive.namelist() if n.endswith("/data.pkl")), "data.pkl")
+        super().__init__(archive.open(name))
+        self.archive, self.folder, self.storages = archive, name.removesuffix(".pkl"), {}
 
-def _rebuild_tensor(storage: Tensor, offset: int, size: list, stride: list, *_) -> Tensor:
-    """A tensor as a view of a storage; torch refuses one that does not lie within."""
-    if len(size) > 8 or not all(type(n) is int for n in size) or math.prod(size) > len(storage):
-        raise ValueError("a tensor of an impossible shape, or larger than its storage")
-    if not all(0 <= n <= len(storage) for n in (offset, *stride)):  # torch 2.5 lets some overflow
-        raise ValueError("a tensor that lies outside of its storage")
-    return storage.as_strided(size, stride, offset)
+    def find_class(self, module: str, name: str) -> object:
+        if name == "_rebuild_tensor_v2":
+            # torch 2.6 checks the bounds of a slice, but not those of an offset in as_strided
+            return lambda storage, at, size, stride, *_: storage[at:].as_strided(size, stride)
+        if name.startswith("_rebuild_parameter") or module == "torch.jit._pickle":
+            return lambda value, *_: value
+        if name == "OrderedDict":
+            return collections.OrderedDict
+        if name.endswith("Storage"):  # torch.FloatStorage -> torch.float32
+            return getattr(vars(torch).get(name[:-7] + "Tensor"), "dtype", torch.uint8)
+        return _Inert
+
+    def persistent_load(self, place: tuple) -> Tensor:
+        _, dtype, key, *_ = place
+        if key not in self.storages:
+            raw = bytearray(self.archive.read(f"{self.folder}/{key}"))
+            numbers = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            self.storages[key] = numbers
+        return self.storages[key]
 
 
 # ---- Tensors -> one state dict with OpenAI's keys ------------------------------------------------
 
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask")
-FROM_TRANSFORMERS = (  # to be replaced in this order
-    ("text_projection.weight", "text_projection"), ("visual_projection.weight", "visual.proj"),
-    ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.", ""), (".fc2.", ".c_proj."),
-    ("position_embedding.weight", "positional_embedding"), ("patch_embedding.", "conv1."),
-    ("pre_layrnorm.", "ln_pre."), ("post_layernorm.", "ln_post."), ("self_attn.", "attn."),
-    ("final_layer_norm.", "ln_final."), ("encoder.layers.", "transformer.resblocks."),
-    ("layer_norm1.", "ln_1."), ("layer_norm2.", "ln_2."), (".fc1.", ".c_fc."),
-)
-OTHERS = {  # what other models have, by the beginnings of their keys
-    "visual.trunk.": "timm (EVA, SigLIP, ...)", "visual.attn_pool.": "CoCa", "logit_bias": "SigLIP",
-    "visual.attnpool.": "a ResNet", "text.transformer.embeddings.": "another text tower",
-}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PATCH_EMBEDDINGS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask")
+FROM_TRANSFORMERS = (  # to be replaced in this order
+    ("text_projection.weight", "text_projection"),
+    ("visual_projection.weight", "visual.proj"),
+    ("vision_model.", "visual."),
+    ("text_model.", ""),
+    ("embeddings.", ""),
+    ("position_embedding.weight", "positional_embedding"),
+    ("patch_embedding.", "conv1."),
+    ("pre_layrnorm.", "ln_pre."),
+    ("post_layernorm.", "ln_post."),
+    ("final_layer_norm.", "ln_final."),
+    ("encoder.layers.", "transformer.resblocks."),
+    (".self_attn.", ".attn."),
+    (".layer_norm", ".ln_"),
+    (".fc1.", ".c_fc."),
+    (".fc2.", ".c_proj."),
+)
+OTHERS = {  # parts of keys that other architectures have
+    "visual.trunk.": "an image tower of timm (EVA, SigLIP, ...)",
+    "visual.attn_pool.": "CoCa",
+    "visual.attnpool.": "a ResNet",
+    "logit_bias": "SigLIP",
+    "text.transformer.embeddings.": "another text tower",
+}
 
 
 class Weights(NamedTuple):
-    """A CLIP's tensors, and what the tensors do not say."""
+    """The tensors of a CLIP, and the settings that they do not tell."""
 
-    state: dict[str, Tensor]  # OpenAI's keys; finite numbers in the file's floating-point type
+    state: dict[str, Tensor]  # OpenAI's keys; finite, in the file's floating-point dtype
     activation: str = "quickgelu"  # or "gelu"
     head_width: int = 64  # of the image tower; in the text tower it is always 64
-    mean: tuple[float, ...] = MEAN  # of the images that the image tower takes, per channel
+    mean: tuple[float, ...] = MEAN  # of the image tower's normalisation, per channel
     std: tuple[float, ...] = STD
-    notes: tuple[str, ...] = ()  # what had to be guessed, each a line for the user
+    notes: tuple[str, ...] = ()  # what had to be guessed, one line each
 
 
 def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weights:
-    """The weights in a file or a folder, and what the config beside them says.
+    """Reads the weights in a file or folder, and the config beside them.
 
-    activation: "quickgelu" or "gelu", in place of what the config says. Whether the tensors are a
-    whole CLIP's is not checked. Raises ValueError (damaged, another architecture) or OSError.
+    activation: "quickgelu" or "gelu", overrides the config.
+    Raises ValueError (damaged, another architecture) or OSError (cannot be read).
     """
     if activation not in (None, "quickgelu", "gelu"):
         raise ValueError(f"activation {activation!r} is neither 'quickgelu' nor 'gelu'")
     path = Path(path)
     if path.is_dir():
-        files = [path / file for file in HUB_FILES if (path / file).is_file()]
-        path = files[0] if files else path / HUB_FILES[1]  # which is then said not to exist
-    tensors = _flatten(read_tensors(path))
+        files = [found for file in FILES for found in path.glob(file)]
+        if not files:
+            raise ValueError(f"no weights in {path}: it has none of {', '.join(FILES[:4])}")
+        path = files[0]
+    if re.search(r"index\.json$|-\d{5}-of-\d{5}\.", path.name):
+        raise ValueError(f"{path}: sharded; save the model as one file (max_shard_size='99GB')")
+    tensors = read_tensors(path)
     try:
-        if sum(t.nbytes for t in tensors.values()) > path.stat().st_size + SLACK:
-            raise ValueError("its tensors are larger than the file")
-        state = _openai_keys(tensors)
-        for key, tensor in state.items():
-            if not (tensor.is_floating_point() and tensor.mean(dtype=torch.float64).isfinite()):
-                raise ValueError(f"{key[:80]!r} has no numbers, or other than finite floats")
-        weights = Weights(state, *_settings(path, list(tensors), state))
-    except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        tensors = _select_clip(_flatten(tensors))
+        weights = Weights(_openai_keys(tensors), *_settings(path, tensors))
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{path}: {_one_line(e)}") from None
     return weights._replace(activation=activation, notes=()) if activation else weights
 
 
-def _flatten(tensors: dict) -> dict[str, Tensor]:
+def _flatten(tensors: dict, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of nested dicts by their path: {"a": {"b": tensor}} -> {"a.b": tensor}."""
-    flat, seen, todo = {}, set(), [("", tensors)]
-    for prefix, level in todo:
-        for key, value in level.items():
-            usable = isinstance(key, str) and len(prefix) + len(key) < 500  # in hostile files, too
-            if usable and isinstance(value, Tensor):
-                flat[prefix + key] = value
-            elif usable and isinstance(value, dict) and id(value) not in seen:
-                seen.add(id(value))  # a dict could hold itself
-                todo.append((f"{prefix}{key}.", value))
+    if "_modules" in tensors:  # an nn.Module that was saved whole
+        tensors = tensors["_parameters"] | tensors["_buffers"] | tensors["_modules"]
+    flat = {}
+    for key, value in tensors.items():
+        if isinstance(value, Tensor):
+            flat[f"{prefix}{key}"] = value
+        elif isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
     return flat
+
+
+def _select_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose keys share the CLIP's prefix ("module.", "", ...), without the prefix."""
+    prefixes = [
+        key.removesuffix(end) for key in tensors for end in PATCH_EMBEDDINGS if key.endswith(end)
+    ]
+    if len(prefixes) > 1:
+        raise ValueError(f"several CLIPs, {prefixes}; save the state dict of one to its own file")
+    for prefix in prefixes:
+        tensors = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    for part, kind in OTHERS.items():
+        if any(part in key for key in tensors):
+            raise ValueError(f"not a CLIP with OpenAI's transformers: {part} belongs to {kind}")
+    if not prefixes or not any(key.endswith("token_embedding.weight") for key in tensors):
+        found = ", ".join(list(tensors)[:3]) or "no tensors"
+        raise ValueError(
+            "not a whole CLIP; of transformers, save a CLIPModel, not its CLIPTextModel or "
+            f"CLIPVisionModel alone (found {found})"
+        )
+    return tensors
 
 
 def _openai_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Any of the layouts -> OpenAI's keys."""
-    for prefix in ("state_dict.", "module."):  # of training checkpoints
-        within = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        tensors = within or tensors
-    for start, kind in OTHERS.items():
-        if any(key.startswith(start) for key in tensors):
-            raise ValueError(f"no CLIP with a vision transformer: {start}* belongs to {kind}")
     state = {}
     for key, tensor in tensors.items():
-        if key.endswith("projection.weight"):
-            tensor = tensor.t().contiguous()  # transformers' linear layer: (D, W) -> (W, D)
+        if key.endswith(NOT_WEIGHTS):
+            continue
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise ValueError(f"{key} must be finite floats (quantised, or training diverged?)")
+        if key.endswith("projection.weight"):  # a linear layer of transformers
+            tensor = tensor.t().contiguous()  # (D, W) -> (W, D)
         key = key.removeprefix("text.")  # newer models of open_clip have it
         for old, new in FROM_TRANSFORMERS:
             key = key.replace(old, new)
-        if not key.endswith(NO_WEIGHTS):
-            state[key] = tensor.reshape(()) if key == "logit_scale" else tensor  # it may be (1,)
+        state[key] = tensor.reshape(()) if key == "logit_scale" else tensor  # it may be (1,)
     for q in [key for key in state if ".q_proj." in key]:
         qkv = [state.pop(q.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
         state[q.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)  # three (W, W) -> (3W, W)
     return state
 
 
-def _settings(path: Path, keys: list[str], state: dict[str, Tensor]) -> tuple:
-    """The fields of `Weights` that the tensors do not give, from the config beside them."""
-    known = any(f"timm--{timm}.openai" in str(path) for _, timm, _ in MODELS.values())
-    if known or any(key.endswith("input_resolution") for key in keys):
-        return ()  # the defaults are OpenAI's; only its own code stores such a number
-    is_transformers = any("vision_model." in key for key in keys)
+def _settings(path: Path, tensors: dict[str, Tensor]) -> tuple:
+    """The fields of `Weights` after `state`, from the config beside the file."""
+    if "input_resolution" in tensors or re.search(r"timm--\w+\.openai", str(path)):
+        return ()  # OpenAI's own file, or timm's copy of it
+    is_transformers = PATCH_EMBEDDINGS[1] in tensors
     config = path.with_name("config.json" if is_transformers else "open_clip_config.json")
     if config.is_file():
         try:
             read = _transformers_settings if is_transformers else _open_clip_settings
-            _, head_width, mean, std, _ = settings = read(config)
-            three = len(mean) == len(std) == 3 and all(0 < n <= 1 for n in mean + std)
-            if not three or type(head_width) is not int or head_width < 1:
-                raise ValueError(f"heads of {head_width!r:.20}, mean {mean!r:.80}, std {std!r:.80}")
-            return settings
+            return read(config)
         except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
             raise ValueError(f"{config.name}: {_one_line(e)}") from None
-    width = len(state.get("visual.class_embedding", ()))
-    note = (f"no config is beside {path.name}, so QuickGELU and CLIP's image mean and deviation "
-            "are assumed; if the zero-shot accuracy is poor, try --activation gelu")
-    return "quickgelu", 64 if width <= 1024 else width // 16, MEAN, STD, (note,)
+    width = tensors[PATCH_EMBEDDINGS[is_transformers]].shape[0]
+    head_width = 64 if width <= 1024 else width // 16
+    note = (
+        f"no {config.name} beside {path.name}: QuickGELU, heads of width {head_width} and CLIP's "
+        "image mean and std are assumed; if zero-shot accuracy is poor, try --activation gelu"
+    )
+    return "quickgelu", head_width, MEAN, STD, (note,)
 
 
 def _transformers_settings(file: Path) -> tuple:
     """From config.json, in which defaults may be absent, and preprocessor_config.json."""
-    config, images = json.loads(file.read_bytes()), file.with_name("preprocessor_config.json")
+    config = json.loads(file.read_bytes())
+    images = file.with_name("preprocessor_config.json")
     images = json.loads(images.read_bytes()) if images.is_file() else {}
-    text, vision = config.get("text_config", {}), config.get("vision_config", {})
+    if config.get("model_type", "clip") != "clip":
+        raise ValueError(f"model_type {config['model_type']!r} is not supported, only 'clip'")
+    vision = config.get("vision_config", {})
     activation = vision.get("hidden_act", "quick_gelu")
-    for section, key, *supported in (
-        (config, "model_type", "clip"), (vision, "hidden_act", "quick_gelu", "gelu"),
-        ({"hidden_act": "quick_gelu"} | text, "hidden_act", activation),
-        (text, "layer_norm_eps", 1e-5), (vision, "layer_norm_eps", 1e-5),
-    ):
-        if section.get(key, supported[0]) not in supported:
-            raise ValueError(f"{key} {section[key]!r:.80} is not supported, only {supported[0]!r}")
+    for tower in (config.get("text_config", {}), vision):
+        found, eps = tower.get("hidden_act", "quick_gelu"), tower.get("layer_norm_eps", 1e-5)
+        if found != activation or found not in ("quick_gelu", "gelu"):
+            raise ValueError(f"hidden_act {activation!r} (image), {found!r} (text): not supported")
+        if eps != 1e-5:
+            raise ValueError(f"layer_norm_eps {eps} is not supported, only 1e-5")
     head_width = vision.get("hidden_size", 768) // vision.get("num_attention_heads", 12)
     mean, std = images.get("image_mean", MEAN), images.get("image_std", STD)
     return activation.replace("_", ""), head_width, tuple(mean), tuple(std), ()
@@ -399,6 +396,9 @@ def _open_clip_settings(file: Path) -> tuple:
     activation = "quickgelu" if model.get("quick_gelu") else "gelu"
     head_width = model.get("vision_cfg", {}).get("head_width", 64)
     mean, std = images.get("mean", MEAN), images.get("std", STD)
-    note = (f"{file.name} does not say quick_gelu, which means exact GELU; if the zero-shot "
-            "accuracy is poor, try --activation quickgelu")
-    return activation, head_width, tuple(mean), tuple(std), () if "quick_gelu" in model else (note,)
+    note = (
+        f"{file.name} does not set quick_gelu, which means exact GELU; if zero-shot accuracy is "
+        "poor, try --activation quickgelu"
+    )
+    notes = () if "quick_gelu" in model else (note,)
+    return activation, head_width, tuple(mean), tuple(std), notes

@@ -1,15 +1,14 @@
-"""Draws the pictures of the README into demo/figures/.
+"""Draws the figures of the README into demo/figures/.
 
-    pip install matplotlib        # besides what promptot.py needs
+    pip install matplotlib        # in addition to what promptot.py needs
     python demo/figures.py
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart, with lighter shades of them;
-what a colour says is also written. Drawings are measured in pixels from the upper left corner, in
-the width of the README's column.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart, and two lighter
+shades. Nothing is said by colour alone. Coordinates are pixels from the upper left corner, at the
+width of the README's column.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,43 +21,39 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
+from study import find  # study.py adds promptot's folder to the path
+
+from promptot import Recipe, sinkhorn
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))  # promptot.py lies beside this folder
-from promptot import Recipe, sinkhorn  # noqa: E402
-from study import find  # noqa: E402
-
-# Text as outlines looks the same everywhere; a fixed salt gives the same file on every run;
-# pictures that are pasted into one would be moved to whole pixels.
+# Outlines of letters look the same everywhere. A fixed salt gives the same file on every run.
+# Composite images would be moved to whole pixels.
 matplotlib.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "prompt-ot"})
 matplotlib.rcParams["image.composite_image"] = False
 
 BLACK, GREY, PALE, WHITE = "#222222", "#777777", "#DDDDDD", "#FFFFFF"
 ORANGE, VERMILLION, BLUE, SKY = "#E69F00", "#D55E00", "#0072B2", "#56B4E9"
 GREEN, PURPLE = "#009E73", "#CC79A7"
-APRICOT = "#F4B183"  # to vermillion what sky is to blue: texts beside pictures
+APRICOT = "#F4B183"  # vermillion and blue: image features; apricot and sky: text features
 
 
 def save(figure: Figure, name: str) -> None:
-    """Writes demo/figures/`name`. Pictures in it have 3 dots for 2 pixels of the drawing."""
-    (HERE / "figures").mkdir(exist_ok=True)
+    """Writes demo/figures/`name`."""
     figure.savefig(HERE / "figures" / name, facecolor=WHITE, dpi=144, metadata={"Date": None})
 
 
-# --------------------------------------------------------------------------------------------------
-# The method on one drawing
-
-GAP, CELL = 4, 22  # pixels between tokens; from cell to cell of a matrix
+# ---- The method in one drawing -------------------------------------------------------------------
+GAP, CELL = 4, 22  # pixels between tokens; from one cell of a matrix to the next
 BATCH = ["three/0003", "eight/0000", "three/0000", "nine/0003"]  # of demo/digits
 
 
 class Token(NamedTuple):
-    """One of the vectors that a layer takes in."""
+    """An input vector of a layer."""
 
     width: int  # pixels
     colour: str = PALE
     text: str = ""
-    picture: np.ndarray | None = None  # in place of text
+    picture: np.ndarray | None = None  # instead of text
 
 
 CLASS, START, END = (Token(30, text=text) for text in ("CLS", "SOT", "EOT"))
@@ -67,7 +62,7 @@ PHRASE, NAME, STOP = Token(72, text="a photo of a"), Token(38, text="three"), To
 
 
 def method() -> Figure:
-    """Two towers with and without prompts, joint features, cost and plan, the two losses."""
+    """The towers with and without prompts, joint features, cost, plan and the two losses."""
     width, height = 830, 664
     figure = Figure(figsize=(width / 96, height / 96))
     ax = figure.add_axes((0, 0, 1, 1))
@@ -79,10 +74,10 @@ def method() -> Figure:
     draw_cross_entropy(ax, batch)
     draw_transport(ax, batch)
     box(ax, 22, 627, 16, 16, ORANGE, text="p")
-    write(ax, 46, 635, "learned: 61,440 numbers in ViT-B/16", align="left")
+    write(ax, 46, 635, "trained: 61,440 parameters (ViT-B/16)", align="left")
     write(ax, 415, 635, r"$L\;=\;$CE$\;+\;\lambda\,L_{ot}$", size=20)
     box(ax, 571, 625, 52, 20, WHITE, GREY, "layer")
-    write(ax, 631, 635, "frozen: one copy does for both", align="left")
+    write(ax, 631, 635, "frozen, one copy for both", align="left")
     return figure
 
 
@@ -90,27 +85,28 @@ def draw_tuned_model(ax: Axes, picture: np.ndarray) -> None:
     box(ax, 8, 8, 436, 308, "#FFF6E3", ORANGE)
     write(ax, 226, 28, "Tuned: CLIP with learned prompts", size=15, weight="bold")
     show(ax, 22, 46, 36, picture)
-    write(ax, 65, 57, "image tower", align="left", weight="bold")
-    write(ax, 65, 74, "each of B pictures", align="left")
+    heading(ax, 65, "image tower", "each of B images")
     draw_tower(ax, 22, [CLASS, *patches(picture), *PROMPTS], 0, Token(30, VERMILLION, "$f_i$"))
-    write(ax, 228, 57, "text tower", align="left", weight="bold")
-    write(ax, 228, 74, "each of C class names", align="left")
+    heading(ax, 228, "text tower", "each of C class names")
     draw_tower(ax, 228, [START, *PROMPTS, NAME, STOP, END], -1, Token(30, APRICOT, "$t_c$"))
     write(ax, 226, 212, "···      new prompts in each of 12 layers      ···")
 
 
 def draw_frozen_model(ax: Axes, picture: np.ndarray) -> None:
     box(ax, 456, 8, 366, 308, "#EAF4FB", BLUE)
-    write(ax, 639, 28, "Frozen: CLIP as it was", size=15, weight="bold")
+    write(ax, 639, 28, "Frozen: CLIP without prompts", size=15, weight="bold")
     show(ax, 470, 46, 36, picture)
-    write(ax, 511, 57, "image tower", align="left", weight="bold")
-    write(ax, 511, 74, "the same", align="left")
+    heading(ax, 511, "image tower", "the same")
     draw_tower(ax, 470, [CLASS, *patches(picture)], 0, Token(30, BLUE, "$f^0_j$"))
-    write(ax, 610, 57, "text tower", align="left", weight="bold")
-    write(ax, 610, 74, "the same, in a template", align="left")
+    heading(ax, 610, "text tower", "the same, with a template")
     draw_tower(ax, 610, [START, PHRASE, NAME, STOP, END], -1, Token(30, SKY, "$t^0_c$"))
     write(ax, 525, 212, "···")
     write(ax, 709, 212, "···")
+
+
+def heading(ax: Axes, x: float, title: str, note: str) -> None:
+    write(ax, x, 57, title, align="left", weight="bold")
+    write(ax, x, 74, note, align="left")
 
 
 def patches(picture: np.ndarray) -> list[Token]:
@@ -120,7 +116,7 @@ def patches(picture: np.ndarray) -> list[Token]:
 
 
 def draw_tower(ax: Axes, x: float, tokens: list[Token], read: int, feature: Token) -> None:
-    """Three of twelve layers with the tokens that each takes in; the feature is read at one."""
+    """Three of twelve layers with their input tokens. `read`: the token that gives the feature."""
     deeper = [t if t in PROMPTS else Token(t.width) for t in tokens]
     for layer, y in ((0, 94), (1, 152), (11, 228)):
         draw_tokens(ax, x, y, tokens if layer == 0 else deeper)
@@ -131,7 +127,7 @@ def draw_tower(ax: Axes, x: float, tokens: list[Token], read: int, feature: Toke
 
 
 def length(tokens: list[Token]) -> float:
-    """Pixels that tokens take side by side."""
+    """Width of tokens side by side, in pixels."""
     return sum(token.width for token in tokens) + GAP * (len(tokens) - 1)
 
 
@@ -144,7 +140,7 @@ def draw_tokens(ax: Axes, x: float, y: float, tokens: list[Token], height: float
 
 
 def draw_cross_entropy(ax: Axes, batch: list[np.ndarray]) -> None:
-    """Lower left: each picture of the batch against all class names."""
+    """Lower left: each image of the batch against all class names."""
     box(ax, 8, 350, 236, 254, WHITE, GREEN)
     arrow(ax, (40, 318), (40, 348))
     write(ax, 48, 333, "all $f_i$, all $t_c$", align="left")
@@ -161,7 +157,7 @@ def draw_cross_entropy(ax: Axes, batch: list[np.ndarray]) -> None:
 
 
 def draw_transport(ax: Axes, batch: list[np.ndarray]) -> None:
-    """Lower right: joint features, their costs (made up) and the plan (theirs)."""
+    """Lower right: joint features, their costs (made up) and the plan for these costs."""
     box(ax, 260, 350, 562, 254, WHITE, PURPLE)
     arrow(ax, (280, 318), (280, 348))
     write(ax, 288, 333, r"$z_i = [f_i\,;\, t_{y_i}]$", align="left")
@@ -193,16 +189,14 @@ def draw_transport(ax: Axes, batch: list[np.ndarray]) -> None:
 
 
 def draw_matrix(ax: Axes, x: float, y: float, values: np.ndarray, colour: str) -> None:
-    """Cells of values 0..1, from white to the colour."""
+    """Cells for values from 0 (white) to 1 (the colour)."""
     shades = LinearSegmentedColormap.from_list("", [WHITE, colour])
     for (i, j), value in np.ndenumerate(values):
-        corner, fill = (x + CELL * j, y + CELL * i), shades(float(value))
-        ax.add_patch(Rectangle(corner, 20, 20, fc=fill, ec=PALE, clip_on=False))
+        corner = (x + CELL * j, y + CELL * i)
+        ax.add_patch(Rectangle(corner, 20, 20, fc=shades(float(value)), ec=PALE, clip_on=False))
 
 
-# --------------------------------------------------------------------------------------------------
-# Measured: the rows that study.py and orders.py left in demo/results/
-
+# ---- Results of study.py and orders.py -----------------------------------------------------------
 METHODS = {  # colour, marker, words
     "zero-shot": (BLACK, "D", "zero-shot"),
     "none": (VERMILLION, "s", "tuned, no regulariser"),
@@ -219,48 +213,46 @@ def demo() -> Figure:
     figure.subplots_adjust(left=0.045, right=0.985, top=0.81, bottom=0.13, wspace=0.13)
     draw_seeds(left)
     draw_orders(right)
-    handles = [Line2D([], [], color=colour, marker=marker, ms=7, ls="none", label=words)
-               for colour, marker, words in METHODS.values()]
+    handles = [
+        Line2D([], [], color=colour, marker=marker, ms=7, ls="none", label=words)
+        for colour, marker, words in METHODS.values()
+    ]
     figure.legend(handles=handles, loc="upper center", ncols=4, frameon=False, fontsize=10)
     return figure
 
 
 def draw_seeds(ax: Axes) -> None:
-    rows = default_rows("study.json")
+    style = {"ha": "center", "size": 9, "textcoords": "offset points"}
     for i, (method, (colour, marker, _)) in enumerate(METHODS.items()):
+        rows = default_rows("study.json", method)
         for x, name in enumerate(("base", "novel", "hm")):
-            middle, spread = mean_and_deviation([r[name] for r in find(rows, {"reg": method})])
+            middle, spread = mean_and_deviation(rows, name)
             at = x + 0.23 * (i - 1.5)
             ax.errorbar(at, middle, spread, color=colour, marker=marker, ms=7, capsize=4)
-            ax.annotate(f"{middle:.1f}", (at, middle + spread), (0, 7), ha="center", size=9,
-                        textcoords="offset points")
+            ax.annotate(f"{middle:.1f}", (at, middle + spread), (0, 7), **style)
     panel(ax, "Accuracy in % (axis from 80): mean and sd of 3 seeds")
     ax.set(ylim=(80, 98), xlim=(-0.5, 2.5), xticks=range(3))
     ax.set_xticklabels(["base classes", "novel classes", "harmonic mean (HM)"])
 
 
 def draw_orders(ax: Axes) -> None:
-    """A point for each order; those of one order are joined."""
-    rows = default_rows("orders.json")
-    hm = {method: np.array([row["hm"] for row in find(rows, {"reg": method})])
-          for method in METHODS}
-    tuned = ["none", "pointwise", "ot"]
-    gains = np.stack([hm[method] - hm["zero-shot"] for method in tuned])  # (methods, orders)
+    """A point for each order. Lines join the points of the same order."""
+    hm = np.array([[row["hm"] for row in default_rows("orders.json", m)] for m in METHODS])
+    gains = hm[1:] - hm[0]  # over zero-shot, (methods, orders)
     ax.axhline(0, color=BLACK, lw=1, ls="-.")
     ax.plot(gains, color=PALE, lw=1, zorder=1)
-    for x, method in enumerate(tuned):
-        colour, marker, _ = METHODS[method]
-        ax.plot([x] * gains.shape[1], gains[x], color=colour, marker=marker, ms=7, mec=WHITE,
-                ls="none")
+    for x, (colour, marker, _) in enumerate(list(METHODS.values())[1:]):
+        style = {"color": colour, "marker": marker, "ms": 7, "mec": WHITE, "ls": "none"}
+        ax.plot([x] * gains.shape[1], gains[x], **style)
         ax.plot([x - 0.25, x + 0.25], [gains[x].mean()] * 2, color=colour, lw=3, zorder=1)
-    panel(ax, "HM minus zero-shot's: 8 class orders")
+    panel(ax, "HM minus zero-shot HM: 8 class orders")
     ax.set(xlim=(-0.5, 2.5), ylim=(-7, 5), xticks=range(3))
     means = [f"{gain:+.1f}".replace("-", "−") for gain in gains.mean(axis=1)]
     ax.set_xticklabels([f"{x}\nmean {y}" for x, y in zip(("none", "point-wise", "OT"), means)])
 
 
 def study() -> Figure:
-    """Off-diagonal mass of the plan, base and novel over epsilon, a line for each batch size."""
+    """Off-diagonal mass, base and novel accuracy over epsilon, a line for each batch size."""
     figure = Figure(figsize=(830 / 96, 340 / 96))
     panels = zip(figure.subplots(1, 3), ("off_diagonal", "base", "novel"))
     figure.subplots_adjust(left=0.045, right=0.99, top=0.79, bottom=0.14, wspace=0.15)
@@ -273,23 +265,24 @@ def study() -> Figure:
             panel(ax, f"{name.capitalize()} accuracy in %, 3 seeds ± sd")
             ax.set(ylim=(50, 100))
             ax.axhline(find(rows, {"reg": "zero-shot"})[0][name], color=BLACK, lw=1, ls="-.")
-    handles = [Line2D([], [], color=colour, marker=marker, ls=line, label=f"batch {size}")
-               for size, (colour, marker, line) in BATCHES.items()]
+    handles = [
+        Line2D([], [], color=colour, marker=marker, ls=line, label=f"batch {size}")
+        for size, (colour, marker, line) in BATCHES.items()
+    ]
     handles += [Line2D([], [], color=BLACK, lw=1, ls="-.", label="zero-shot")]
     figure.legend(handles=handles, loc="upper center", ncols=4, frameon=False, fontsize=10)
     return figure
 
 
 def draw_over_epsilon(ax: Axes, rows: list[dict], name: str) -> None:
-    """At the left of the lines point-wise matching, which epsilon 0 tends to; at the right none."""
+    """Left of each line: point-wise matching, the limit of epsilon 0. Right of it: none."""
     epsilons = sorted({row["epsilon"] for row in rows if row["reg"] == "ot"})
     plans = [{"reg": "pointwise"}, *({"epsilon": epsilon} for epsilon in epsilons)]
     plans += [{"reg": "none"}] if name != "off_diagonal" else []
     for i, (size, (colour, marker, line)) in enumerate(BATCHES.items()):
         groups = [find(rows, {"batch_size": size, **plan}) for plan in plans]
         at = np.arange(len(plans)) + 0.16 * (i - 1)
-        middle, spread = np.transpose(
-            [mean_and_deviation([row[name] for row in seeds]) for seeds in groups])
+        middle, spread = np.transpose([mean_and_deviation(group, name) for group in groups])
         ax.errorbar(at, middle, spread, color=colour, marker=marker, ms=5, ls="none")
         ax.plot(at[1:][: len(epsilons)], middle[1:][: len(epsilons)], color=colour, ls=line)
     ax.set(xlim=(-0.7, len(epsilons) + 1.5), xticks=range(len(plans)))
@@ -310,21 +303,20 @@ def read(name: str) -> list[dict]:
     return json.loads((HERE / "results" / name).read_text(encoding="utf-8"))
 
 
-def default_rows(name: str) -> list[dict]:
-    """Those whose batch size and epsilon are the recipe's."""
+def default_rows(name: str, method: str) -> list[dict]:
+    """The rows of a method with the default batch size and epsilon."""
     size, epsilon = Recipe().batch_size, Recipe().epsilon
-    return [row for row in read(name)
-            if row.get("batch_size", size) == size and row.get("epsilon", epsilon) == epsilon]
+    rows = find(read(name), {"reg": method})
+    rows = [row for row in rows if row.get("batch_size", size) == size]
+    return [row for row in rows if row.get("epsilon", epsilon) == epsilon]
 
 
-def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+def mean_and_deviation(rows: list[dict], name: str) -> tuple[float, float]:
+    values = [row[name] for row in rows]
     return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
-# --------------------------------------------------------------------------------------------------
-# Shapes
-
-
+# ---- Shapes --------------------------------------------------------------------------------------
 def box(ax: Axes, x, y, width, height, fill, edge="none", text="") -> None:
     style = f"round,pad=0,rounding_size={min(4, height / 5)}"
     ax.add_patch(FancyBboxPatch((x, y), width, height, style, fc=fill, ec=edge, clip_on=False))
@@ -333,13 +325,13 @@ def box(ax: Axes, x, y, width, height, fill, edge="none", text="") -> None:
 
 
 def write(ax: Axes, x, y, text, size=12, align="center", **style) -> None:
-    """Words stand on a common line; formulas, whose height differs, are centred by it."""
+    """Words are aligned at their baseline. Formulas differ in height and are centred."""
     anchor = "center" if text.startswith("$") else "center_baseline"
     ax.text(x, y, text, ha=align, va=anchor, size=0.75 * size, **style)  # pixels -> points
 
 
 def arrow(ax: Axes, start, end) -> None:
-    style = dict(arrowstyle="-|>", color=BLACK, lw=1.2, shrinkA=0, shrinkB=0)
+    style = {"arrowstyle": "-|>", "color": BLACK, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
     ax.annotate("", end, start, arrowprops=style)
 
 

@@ -1,14 +1,14 @@
-"""Pre-trains the demo's tiny CLIP from scratch on drawn characters and their names.
+"""Trains the demo's tiny CLIP from scratch on images of characters and their names.
 
     python demo/glyphs.py | xargs apt-get install -y --no-install-recommends    # on Debian 12
-    python demo/pretrain.py             # an hour on one CPU core; goes on where it was interrupted
+    python demo/pretrain.py             # 45 minutes on one CPU core. Run it again to resume.
     python demo/pretrain.py --evaluate  # only measures demo/tiny-clip.pt
 
-A pair is a character drawn in one of 578 faces, distorted, and a caption such as "a photo of a
-capital letter b.". The loss is CLIP's: in a batch of n pairs each picture must pick its caption
-among n, and each caption its picture (Radford et al., 2021, figure 3). Nothing is learned from
-the demo's data: digits/, scans/ and letters/ are read to print zero-shot accuracy, beside that on
-distorted digits of the fonts held out of training.
+A training pair is a character in one of 578 font faces, distorted, and a caption such as "a photo
+of a capital letter b.". The loss is CLIP's: in a batch of n pairs, each image must select its own
+caption out of n, and each caption its image (Radford et al., 2021, figure 3). The demo's data sets
+are not trained on. They are read to print zero-shot accuracy, which is also measured on distorted
+digits in fonts that are held out of training.
 """
 
 import argparse
@@ -22,29 +22,22 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
+import glyphs
 import numpy as np
 import torch
 import torch.nn.functional as F
+from glyphs import CHARACTERS, DIGITS
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))  # clip_model.py and data.py lie beside this folder
-from clip_model import CLIP, load, tokenize  # noqa: E402
-from data import MEAN, STD, open_image, test_transform  # noqa: E402
-from glyphs import (  # noqa: E402
-    CHARACTERS, CYRILLIC, DIGITS, GREEK, HANDWRITTEN, HELD_OUT, TRAINED, drop_oddities, face_of,
-    render, render_packages,
-)
+sys.path.insert(0, str(HERE.parent))  # promptot.py is in the folder above
+from clip_model import CLIP, load, tokenize  # noqa: E402 (found there)
+from data import MEAN, STD, open_image, test_transform  # noqa: E402 (found there)
 
-SIZES = dict(
-    embed_dim=64, image_resolution=32, patch_size=8, vision_width=128, vision_layers=6,
-    text_width=128, text_layers=4,
-)
+SIZE, TEXT_WIDTH = 32, 128
 
-# --------------------------------------------------------------------------------------------------
-# Captions
-
-# Seen alone, the characters of a group can be the same picture: neither is wrong for the other.
+# ---- Captions ------------------------------------------------------------------------------------
+# Characters of a group can look the same, so none is a wrong answer for another.
 LOOKALIKES = """
 0OoΟο 1lIΙιi 3З 4Ч AΑ BΒβ Cc EΕ ΓГ HΗ KkΚκ ΛЛ MmΜ NΝ nη ΠπП PpΡρ Ss Σ∑ TtΤτ uυμ VvUν Wwω XxΧχ×
 YyΥγ ZzΖ aα Θθ ΦφФ Ψψ
@@ -67,12 +60,12 @@ TEMPLATES = [" ".join(template.split()) for template in TEMPLATES.split("/")]
 
 
 def names(character: str) -> list[tuple[str, str]]:
-    """The names of a character, each with the characters that it fits ("letter a" fits a and A)."""
+    """Names of a character, each with all characters it is right for: "letter a" for a and A."""
     both = character.lower() + character.upper()
     if character.isdigit():
         word = DIGITS[int(character)]
-        exact = [word] * 3 + [f"digit {word}", f"number {word}", f"numeral {word}"]
-        return [(name, character) for name in exact + [f"figure {word}", f"digit {character}"]]
+        phrases = [f"{noun} {word}" for noun in ("digit", "number", "numeral", "figure")]
+        return [(name, character) for name in [word] * 3 + phrases + [f"digit {character}"]]
     official = unicodedata.name(character).lower().replace("latin ", "")
     if character in string.ascii_letters:
         case = "capital" if character.isupper() else "small"
@@ -81,7 +74,7 @@ def names(character: str) -> list[tuple[str, str]]:
         exact = [f"{case} letter {letter}"] * 3 + [f"{synonym} letter {letter}", f"{case} {letter}"]
         loose = [f"letter {letter}", f"letter {letter}", f"latin letter {letter}"]
         return [(name, character) for name in exact] + [(name, both) for name in loose]
-    if character in GREEK + CYRILLIC:
+    if character in glyphs.GREEK + glyphs.CYRILLIC:
         loose = official.replace("capital ", "").replace("small ", "")
         return [(official, character)] * 2 + [(loose, both), (loose.replace("letter ", ""), both)]
     return [(name, character) for name in (official, official, official.replace(" sign", ""))]
@@ -90,8 +83,8 @@ def names(character: str) -> list[tuple[str, str]]:
 class Captions:
     """All captions as token ids, and which characters each name fits.
 
-    Ids are renumbered, in CLIP's order, to those that occur: the vocabulary table has 200 rows in
-    training instead of 49,408. `used` (V,) has the original ids.
+    Training uses a small vocabulary of the tokens that occur, about 200 instead of 49,408, in the
+    same order. `used` (V,) has their ids in CLIP's vocabulary.
     """
 
     def __init__(self):
@@ -105,7 +98,7 @@ class Captions:
         self.tokens = self.renumber(tokens).reshape(len(table), len(TEMPLATES), -1)  # (N, T, 77)
 
     def renumber(self, tokens: Tensor) -> Tensor:
-        """CLIP's token ids -> rows of the small table. The end of text keeps the highest id."""
+        """CLIP's token ids -> ids in the small vocabulary. End of text still has the highest."""
         return torch.searchsorted(self.used, tokens)
 
     def draw(self, characters: list[int], rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -116,7 +109,7 @@ class Captions:
 
 
 def lookalikes() -> Tensor:
-    """(K, K), true where two different characters may be the same picture."""
+    """(K, K), true where two different characters can look the same."""
     alike = torch.zeros(len(CHARACTERS), len(CHARACTERS), dtype=torch.bool)
     for group in LOOKALIKES:
         members = [CHARACTERS.index(c) for c in group]
@@ -124,19 +117,16 @@ def lookalikes() -> Tensor:
     return alike.fill_diagonal_(False)
 
 
-# --------------------------------------------------------------------------------------------------
-# Distortion: a printed glyph becomes something that a hand and a scanner might have made
+# ---- Distortion: makes printed characters look like handwriting that was scanned -----------------
+def distort(clean: Tensor, strength: float) -> Tensor:
+    """Characters (B, CANVAS, CANVAS) in 0..1 -> normalised images (B, 3, SIZE, SIZE).
 
-
-def distort(glyphs: Tensor, strength: float, size: int = 32) -> Tensor:
-    """Glyphs (B, CANVAS, CANVAS) in 0..1 -> normalised pictures (B, 3, size, size).
-
-    `strength` 0..1 scales every effect. At full strength from the start the loss does not leave
-    the plateau of guessing for hundreds of steps.
+    strength: 0..1, scales every effect. At full strength from the start, the loss stays at the
+    value for guessing for hundreds of steps.
     """
-    x = stroke(glyphs[:, None], strength)
-    x = F.grid_sample(x, warp(len(x), strength, size), mode="bilinear", align_corners=False)
-    x = coarsen(x, strength, size)
+    x = stroke(clean[:, None], strength)
+    x = F.grid_sample(x, warp(len(x), strength), mode="bilinear", align_corners=False)
+    x = coarsen(x, strength)
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     return (colour(x, strength) - mean) / std
 
@@ -152,7 +142,7 @@ def uniform(n: int, low: float, high: float, channels: int = 1) -> Tensor:
 
 
 def stroke(x: Tensor, strength: float) -> Tensor:
-    """Thicker or thinner pens: (B, 1, S, S) -> (B, 1, S, S)."""
+    """Thicker or thinner lines: (B, 1, S, S) -> (B, 1, S, S)."""
     n = len(x)
     thick = F.max_pool2d(x, 3, 1, 1)
     x = torch.where(chance(n, 0.15 * strength), -F.max_pool2d(-x, 3, 1, 1), x)
@@ -160,26 +150,26 @@ def stroke(x: Tensor, strength: float) -> Tensor:
     return torch.where(chance(n, 0.35 * strength), F.max_pool2d(x, 3, 1, 1), x)
 
 
-def warp(n: int, strength: float, size: int) -> Tensor:
-    """Sampling grids (n, size, size, 2): rotation, shear, scale, aspect, shift, smooth wobble."""
+def warp(n: int, strength: float) -> Tensor:
+    """Grids (n, SIZE, SIZE, 2) for rotation, shear, scale, aspect, shift, elastic distortion."""
     turn, shear, aspect = strength * torch.randn(3, n) * torch.tensor([[0.16], [0.2], [0.12]])
     zoom = torch.exp(strength * (0.45 * torch.rand(n) - 0.15))  # > 1 draws larger
     cos, sin = turn.cos(), turn.sin()
     wide, high = torch.exp(aspect) / zoom, torch.exp(-aspect) / zoom
     shift = 0.07 * strength * torch.randn(2, n)
     affine = torch.stack([wide * cos, -sin + shear, shift[0], sin, high * cos, shift[1]], dim=1)
-    grid = F.affine_grid(affine.reshape(n, 2, 3), [n, 1, size, size], align_corners=False)
+    grid = F.affine_grid(affine.reshape(n, 2, 3), [n, 1, SIZE, SIZE], align_corners=False)
     knots = torch.randn(n, 2, 4, 4) * uniform(n, 0.0, 0.16 * strength)
-    wobble = F.interpolate(knots, (size, size), mode="bicubic", align_corners=False)
-    return grid + wobble.permute(0, 2, 3, 1)
+    elastic = F.interpolate(knots, (SIZE, SIZE), mode="bicubic", align_corners=False)
+    return grid + elastic.permute(0, 2, 3, 1)
 
 
-def coarsen(x: Tensor, strength: float, size: int) -> Tensor:
-    """Blur, and low resolution (8 x 8 or 12 x 12 pixels and back): (B, 1, size, size) twice."""
+def coarsen(x: Tensor, strength: float) -> Tensor:
+    """Blur, and low resolution, 8 x 8 or 12 x 12 pixels: (B, 1, S, S) -> (B, 1, S, S)."""
 
     def through(side: int) -> Tensor:
         small = F.adaptive_avg_pool2d(x, side)
-        big = F.interpolate(small, (size, size), mode="bicubic", antialias=True)
+        big = F.interpolate(small, x.shape[-2:], mode="bicubic", antialias=True)
         return big.clamp(0, 1)
 
     n = len(x)
@@ -187,11 +177,11 @@ def coarsen(x: Tensor, strength: float, size: int) -> Tensor:
     y = torch.where(chance(n, 0.4 * strength), blurred, x)
     y = torch.where(chance(n, 0.25), through(12), y)
     y = torch.where(chance(n, 0.45), through(8), y)
-    return y / y.amax(dim=(1, 2, 3), keepdim=True).clamp(min=0.1)  # a scanner's automatic exposure
+    return y / y.amax(dim=(1, 2, 3), keepdim=True).clamp(min=0.1)  # like a scanner's exposure
 
 
 def colour(x: Tensor, strength: float) -> Tensor:
-    """Ink (B, 1, S, S) -> colours (B, 3, S, S): light on dark mostly, some tinted or inverted."""
+    """(B, 1, S, S) -> RGB (B, 3, S, S), mostly light on dark, some tinted or inverted."""
     n = len(x)
     x = x.clamp(min=1e-4) ** torch.exp(0.35 * strength * torch.randn(n, 1, 1, 1))  # contrast
     grey = uniform(n, 1 - 0.4 * strength, 1).expand(n, 3, 1, 1)
@@ -203,18 +193,15 @@ def colour(x: Tensor, strength: float) -> Tensor:
     return (y + strength * uniform(n, 0, 0.1) * torch.randn_like(y[:, :1])).clamp(0, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-
-
+# ---- Training ------------------------------------------------------------------------------------
 class Glyphs:
-    """Draws pictures of characters from faces: half of them from the hand-drawn packages."""
+    """Draws random faces for characters, half of them from the handwritten packages."""
 
-    def __init__(self, glyphs: np.ndarray, owners: list[str]):
-        self.glyphs = torch.from_numpy(glyphs)  # (faces, K, CANVAS, CANVAS) uint8
-        has = glyphs.any(axis=(2, 3))  # (faces, K)
-        hand = np.array([owner in HANDWRITTEN for owner in owners])
-        self.faces = [  # character -> faces that have it: hand-drawn, printed
+    def __init__(self, images: np.ndarray, owners: list[str]):
+        self.images = torch.from_numpy(images)  # (faces, K, CANVAS, CANVAS) uint8
+        has = images.any(axis=(2, 3))  # (faces, K)
+        hand = np.array([owner in glyphs.HANDWRITTEN for owner in owners])
+        self.faces = [  # character -> its handwritten faces, its printed faces
             [np.flatnonzero(column & group).tolist() for group in (hand, ~hand)] for column in has.T
         ]
 
@@ -224,28 +211,25 @@ class Glyphs:
         for character in characters:
             hand, printed = self.faces[character]
             faces.append(rng.choice(hand if hand and rng.random() < 0.5 else printed))
-        return self.glyphs[faces, characters].float() / 255
+        return self.images[faces, characters].float() / 255
 
 
-def contrastive_loss(
-    image: Tensor, text: Tensor, logit_scale: Tensor, ambiguous: Tensor
-) -> Tensor:
-    """CLIP's symmetric loss of n pairs.
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, ambiguous: Tensor) -> Tensor:
+    """CLIP's symmetric loss for features (n, D) of n pairs.
 
-    image, text: features (n, D). logit_scale: log of the factor on cosines. ambiguous: (n, n),
-    true where a picture and another pair's caption fit, too; they are not contrasted.
+    ambiguous: (n, n), true where an image also fits the caption of another pair. Such pairs are
+    left out.
     """
     logits = logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-    logits = logits.masked_fill(ambiguous, float("-inf"))  # row: picture, column: caption
+    logits = logits.masked_fill(ambiguous, float("-inf"))  # (image, caption)
     labels = torch.arange(len(logits))
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def initialise(clip: CLIP) -> None:
-    """Gives a new model the random weights that OpenAI's code starts CLIP from.
+    """Sets random weights as OpenAI's code does.
 
-    Deviations fall with a tower's width, those of residual branches also with its depth. Biases,
-    layer norms and the patch convolution stay as torch made them.
+    Biases, layer norms and the patch convolution stay as PyTorch initialised them.
     """
     nn.init.constant_(clip.logit_scale, math.log(1 / 0.07))
     nn.init.normal_(clip.token_embedding.weight, std=0.02)
@@ -262,39 +246,47 @@ def initialise(clip: CLIP) -> None:
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * len(blocks)) ** -0.5)
 
 
-def make_optimizer(model: CLIP, lr: float, steps: int):
-    """AdamW with decay on matrices only; 100 warm-up steps, then a cosine to zero."""
+def make_optimizer(model: CLIP) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
-    def factor(step: int) -> float:
-        return min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """100 steps of warm-up, then a cosine to zero."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(step / args.steps, 1)))
+    return args.lr * min((step + 1) / 100, cosine)
 
 
 def draw_batch(rng: random.Random, n: int) -> list[int]:
-    """n characters: the ten digits twice, the rest different ones of the others."""
+    """Indices of n characters: each digit twice, and others without repetition."""
     return [*range(10), *range(10), *rng.sample(range(10, len(CHARACTERS)), n - 20)]
 
 
-def train(args: argparse.Namespace, glyphs: Glyphs, captions: Captions, held_out: Tensor) -> CLIP:
-    """Trains for args.steps steps, going on from args.checkpoint if that file is there."""
+def new_model(vocabulary: int) -> CLIP:
+    """An untrained tiny CLIP: 6 image layers, 4 text layers, 64 dimensions."""
+    model = CLIP(64, SIZE, 8, 128, 6, TEXT_WIDTH, 4, vocab_size=vocabulary)
+    initialise(model)
+    return model
+
+
+def train(args: argparse.Namespace, faces: Glyphs, captions: Captions, held_out: Tensor) -> CLIP:
+    """Trains for args.steps steps. Resumes from args.checkpoint if it exists."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    model, alike = CLIP(**SIZES, vocab_size=len(captions.used)), lookalikes()
-    initialise(model)
-    optimizer, schedule = make_optimizer(model, args.lr, args.steps)
-    first, spent = restore(args.checkpoint, model, optimizer, schedule, rng)
-    start = time.time() - spent
+    model, alike = new_model(len(captions.used)), lookalikes()
+    optimizer = make_optimizer(model)
+    first, start = restore(args.checkpoint, model, optimizer, rng), time.time()
     for step in range(first, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
         strength = min(1.0, 0.15 + 0.85 * step / (0.4 * args.steps))
         characters = draw_batch(rng, args.batch_size)
         tokens, fits = captions.draw(characters, rng)
-        images = distort(glyphs.draw(characters, rng), strength)
-        ambiguous = (fits[:, characters] | alike[characters][:, characters]).T  # picture, caption
+        images = distort(faces.draw(characters, rng), strength)
+        ambiguous = (fits[:, characters] | alike[characters][:, characters]).T  # (image, caption)
         ambiguous.fill_diagonal_(False)
         image, text = model.encode_image(images), model.encode_text(tokens)
         loss = contrastive_loss(image, text, model.logit_scale, ambiguous)
@@ -302,51 +294,48 @@ def train(args: argparse.Namespace, glyphs: Glyphs, captions: Captions, held_out
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         model.logit_scale.data.clamp_(max=math.log(100))
         if (step + 1) % args.report == 0 or step + 1 == args.steps:
-            seconds = time.time() - start
-            line = f"loss {loss:.3f}  scale {model.logit_scale.exp():4.1f}"
-            line = f"{line}  {report(model, captions, held_out)}"
-            print(f"step {step + 1:5}  {seconds / 60:4.1f} min  {line}", flush=True)
-            store(args.checkpoint, model, optimizer, schedule, rng, step + 1, seconds)
+            minutes = (time.time() - start) / 60
+            print(f"step {step + 1:5}  {minutes:4.1f} min  loss {loss:.3f}", end="  ")
+            print(report(model, captions, held_out), flush=True)
+            store(args.checkpoint, model, optimizer, rng, step + 1)
     return model
 
 
-def store(path, model, optimizer, schedule, rng, step: int, seconds: float) -> None:
-    """Writes everything that training depends on; first beside the file, so that none is cut."""
-    state = dict(
-        model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
-        rng=rng.getstate(), torch_rng=torch.get_rng_state(), step=step, seconds=seconds,
-    )
+def store(path: Path, model: CLIP, optimizer, rng: random.Random, step: int) -> None:
+    """Saves all that training depends on. The old file stays until the new one is complete."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": rng.getstate(),
+        "torch_rng": torch.get_rng_state(),
+        "step": step,
+    }
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 
 
-def restore(path, model, optimizer, schedule, rng) -> tuple[int, float]:
-    """Loads a checkpoint, if there is one. Returns the next step and the seconds spent so far."""
+def restore(path: Path, model: CLIP, optimizer, rng: random.Random) -> int:
+    """Loads what `store` saved, if it exists, and returns the number of steps done."""
     if not path.exists():
-        return 0, 0.0
+        return 0
     state = torch.load(path, weights_only=True)
-    for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
-        part.load_state_dict(state[name])
-    version, internal, gauss = state["rng"]
-    rng.setstate((version, tuple(internal), gauss))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    rng.setstate(state["rng"])
     torch.set_rng_state(state["torch_rng"])
-    return state["step"], state["seconds"]
+    return state["step"]
 
 
-# --------------------------------------------------------------------------------------------------
-# Evaluation
-
-
+# ---- Evaluation ----------------------------------------------------------------------------------
 @torch.no_grad()
 def classify(
     model: CLIP, images: Tensor, classnames: list[str], captions: Captions | None
 ) -> Tensor:
-    """Index of the nearest "a photo of a {class}." of each image (n, 3, 32, 32): (n,).
+    """Class indices (n,) of images (n, 3, SIZE, SIZE), with "a photo of a {class}.".
 
-    captions: those that `model` is being trained on; None if it has CLIP's full vocabulary.
+    captions: those that the model is trained on; None if it has CLIP's full vocabulary.
     """
     tokens = tokenize([f"a photo of a {name}." for name in classnames])
     tokens = captions.renumber(tokens) if captions else tokens
@@ -355,34 +344,35 @@ def classify(
 
 
 @functools.cache
-def read_folder(folder: Path) -> tuple[Tensor, list[str]]:
-    """Class sub-folders -> pictures (n, 3, 32, 32) as at test time, and n class names."""
-    paths = sorted(folder.glob("*/*.png"))
-    transform = test_transform(SIZES["image_resolution"])
+def read_folder(folder: str) -> tuple[Tensor, list[str]]:
+    """All images (n, 3, SIZE, SIZE) of a data set, and the class name of each."""
+    paths = sorted((HERE / folder).glob("*/*.png"))
+    transform = test_transform(SIZE)
     images = torch.stack([transform(open_image(path)) for path in paths])
     return images, [path.parent.name.replace("_", " ") for path in paths]
 
 
 def accuracy(model: CLIP, captions: Captions | None, folder: str, only: list[str] = ()) -> float:
-    """Zero-shot accuracy in % on a folder; `only`: of the pictures of some classes, among those."""
-    images, labels = read_folder(HERE / folder)
+    """Zero-shot accuracy in % on a data set, or on some of its classes, among themselves."""
+    images, labels = read_folder(folder)
     classnames = sorted(only or set(labels))
     rows = [i for i, label in enumerate(labels) if label in classnames]
     found = classify(model, images[rows], classnames, captions)
     return 100 * sum(classnames[f] == labels[i] for f, i in zip(found, rows)) / len(rows)
 
 
-def held_out_pictures() -> Tensor:
-    """Each digit of each held-out face in 8 distortions, always the same: (n, 10, 3, 32, 32)."""
-    glyphs = np.stack([np.stack([render(face_of(p), c) for c in string.digits]) for p in HELD_OUT])
+def held_out_images() -> Tensor:
+    """Each digit of each held-out font with 8 distortions, always the same: (n, 10, 3, S, S)."""
+    faces = [glyphs.face_of(package) for package in glyphs.HELD_OUT]
+    images = np.stack([glyphs.render(face, digit) for face in faces for digit in string.digits])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        clean = torch.from_numpy(glyphs).float().flatten(0, 1).repeat(8, 1, 1) / 255
+        clean = torch.from_numpy(images).float().repeat(8, 1, 1) / 255
         return distort(clean, strength=1.0).unflatten(0, (-1, 10))
 
 
 def report(model: CLIP, captions: Captions | None, held_out: Tensor) -> str:
-    """Accuracies in %; in brackets, of the first and the last five digits of the alphabet."""
+    """Accuracies in %. In brackets: the first and the last five digits in alphabetical order."""
     found = classify(model, held_out.flatten(0, 1), DIGITS, captions).reshape(-1, 10)
     fonts = 100 * (found == torch.arange(10)).float().mean().item()
     parts = [f"held-out fonts {fonts:4.1f}"]
@@ -393,54 +383,47 @@ def report(model: CLIP, captions: Captions | None, held_out: Tensor) -> str:
     return "  ".join([*parts, f"letters {accuracy(model, captions, 'letters'):4.1f}"])
 
 
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- The script ----------------------------------------------------------------------------------
 def save(model: CLIP, captions: Captions, path: Path) -> None:
-    """Writes an ordinary CLIP state dict: fp16, full vocabulary, deflated.
+    """Writes a CLIP state dict in fp16 with the full vocabulary, compressed.
 
-    Rows of tokens that no caption has are zero: unknown words say nothing, and take no room.
+    Rows of tokens that occur in no caption are zero.
     """
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    table = torch.zeros(49408, SIZES["text_width"], dtype=torch.half)
+    table = torch.zeros(49408, TEXT_WIDTH, dtype=torch.half)
     table[captions.used] = state["token_embedding.weight"]
-    state |= {"token_embedding.weight": table, "input_resolution": torch.tensor(32)}  # as OpenAI's
+    state |= {"token_embedding.weight": table, "input_resolution": torch.tensor(SIZE)}  # OpenAI's
     torch.save(state, path)
     with zipfile.ZipFile(path) as archive:
         entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name, content in entries:  # torch.save stores them as they are
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries:  # torch.save does not compress them
             archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, 9)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", type=int, default=250, help="steps between reports")
-    parser.add_argument("--checkpoint", type=Path, default=HERE / "pretrain-checkpoint.pt")
-    parser.add_argument("--glyphs", type=Path, default=HERE / "pretrain-glyphs.npz")
-    parser.add_argument("--out", type=Path, default=HERE / "tiny-clip.pt")
-    parser.add_argument("--evaluate", action="store_true", help="only measure the file --out")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--evaluate", action="store_true", help="only measure the weights in --out")
+    add("--steps", type=int, default=5000, help="training steps (default: 5000)")
+    add("--batch-size", type=int, default=128, help="pairs per step (default: 128)")
+    add("--lr", type=float, default=2e-3, help="highest learning rate (default: 0.002)")
+    add("--seed", type=int, default=1, help="random seed (default: 1)")
+    add("--report", type=int, default=250, help="steps between reports (default: 250)")
+    path = {"type": Path, "metavar": "FILE"}
+    add("--out", **path, default=HERE / "tiny-clip.pt", help="weights")
+    add("--checkpoint", **path, default=HERE / "pretrain-checkpoint.pt", help="to resume from")
+    add("--glyphs", **path, default=HERE / "pretrain-glyphs.npz", help="rendered characters")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    held_out = held_out_pictures()
-    if args.evaluate:
-        print(report(load(args.out), None, held_out))
-        return
-    if not args.glyphs.exists():
-        glyphs, owners = render_packages(TRAINED)
-        np.savez(args.glyphs, glyphs=drop_oddities(glyphs), owners=owners)
-    cache = np.load(args.glyphs)
-    owners = cache["owners"].tolist()
-    print(f"{len(owners)} faces, {len(CHARACTERS)} characters, {len(TEMPLATES)} templates")
-    captions = Captions()
-    model = train(args, Glyphs(cache["glyphs"], owners), captions, held_out)
-    save(model, captions, args.out)
-    print(f"{args.out}, {args.out.stat().st_size / 1e6:.2f} MB:")
+    torch.set_num_threads(1)  # other numbers of threads round differently
+    held_out = held_out_images()
+    if not args.evaluate:
+        if not args.glyphs.exists():
+            images, owners = glyphs.render_packages(glyphs.TRAINED)
+            np.savez(args.glyphs, glyphs=glyphs.drop_oddities(images), owners=owners)
+        cache = np.load(args.glyphs)
+        faces, captions = Glyphs(cache["glyphs"], cache["owners"].tolist()), Captions()
+        save(train(args, faces, captions, held_out), captions, args.out)
     print(report(load(args.out), None, held_out))
 
 
