@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import MEAN, STD, find, read_weights
+from weights import MEAN, STD, file_errors, find, read_weights
 
 # ---- Tokenizer: byte-pair encoding of lower-case text --------------------------------------------
 MERGES_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
@@ -77,7 +77,8 @@ class Tokenizer:
             best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
-            joined, i = [], 0
+            joined = []
+            i = 0
             while i < len(parts):
                 step = 2 if tuple(parts[i : i + 2]) == best else 1
                 joined.append("".join(parts[i : i + step]))
@@ -135,8 +136,6 @@ def pack(tokens: Tensor, n_prompts: int = 0, length: int = 48) -> PackedTexts:
     """
     start = 1 + n_prompts
     texts = [row[: row.argmax() + 1].tolist() for row in tokens.cpu()]  # EOT has the highest id
-    if not texts:
-        raise ValueError("there must be at least one text")
     if min(map(len, texts)) <= start:
         raise ValueError(f"a text is too short: it ends among the {n_prompts} prompts")
     if len({text[0] for text in texts}) > 1:
@@ -334,33 +333,29 @@ class CLIP(nn.Module):
         """A frozen fp32 model in eval mode. Its sizes are read from the shapes in `state`.
 
         options: activation, head_width, mean and std, which the tensors do not tell.
-        Raises ValueError if `state` is not that of a CLIP with a vision transformer.
+        Raises KeyError, RuntimeError or ValueError if `state` is not that of such a CLIP.
         """
-        try:
-            width, _, patch, _ = state["visual.conv1.weight"].shape
-            patches = len(state["visual.positional_embedding"]) - 1
-            text_width, embed_dim = state["text_projection"].shape
-            with torch.device("meta"):  # allocates nothing, as every parameter is replaced below
-                model = cls(
-                    embed_dim=embed_dim,
-                    image_resolution=patch * math.isqrt(patches),
-                    patch_size=patch,
-                    vision_width=width,
-                    vision_layers=_count_blocks(state, "visual.transformer.resblocks."),
-                    text_width=text_width,
-                    text_layers=_count_blocks(state, "transformer.resblocks."),
-                    context_length=len(state["positional_embedding"]),
-                    vocab_size=len(state["token_embedding.weight"]),
-                    vision_mlp_width=len(state["visual.transformer.resblocks.0.mlp.c_fc.bias"]),
-                    **options,
-                )
-            model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
-            if len(state["token_embedding.weight"]) < 49408:
-                raise ValueError("its vocabulary is smaller than CLIP's")
-        except KeyError as e:
-            raise ValueError(f"not a CLIP with a vision transformer: it has no {e}") from None
-        except (RuntimeError, TypeError, ValueError) as e:  # missing, unexpected, wrong shape
-            raise ValueError(f"not the weights of a CLIP: {' '.join(str(e).split())}") from None
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        patches = len(state["visual.positional_embedding"]) - 1
+        text_width, embed_dim = state["text_projection"].shape
+        vocab_size = len(state["token_embedding.weight"])
+        with torch.device("meta"):  # allocates nothing, as every parameter is replaced below
+            model = cls(
+                embed_dim=embed_dim,
+                image_resolution=patch * math.isqrt(patches),
+                patch_size=patch,
+                vision_width=width,
+                vision_layers=_count_blocks(state, "visual.transformer.resblocks."),
+                text_width=text_width,
+                text_layers=_count_blocks(state, "transformer.resblocks."),
+                context_length=len(state["positional_embedding"]),
+                vocab_size=vocab_size,
+                vision_mlp_width=len(state["visual.transformer.resblocks.0.mlp.c_fc.bias"]),
+                **options,
+            )
+        model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+        if vocab_size < 49408:
+            raise ValueError("the vocabulary is smaller than CLIP's")
         return model.requires_grad_(False).eval()
 
 
@@ -383,7 +378,7 @@ def load(
     """
     path = find(name, cache_dir)
     weights = read_weights(path, activation)
-    try:
+    with file_errors(path, "; these are not the weights of a CLIP with two transformers"):
         model = CLIP.from_state_dict(
             weights.state,
             activation=weights.activation,
@@ -391,8 +386,6 @@ def load(
             mean=weights.mean,
             std=weights.std,
         )
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
     model.notes = weights.notes
     return model.to(device)
 

@@ -46,6 +46,11 @@ class Dataset:
 
 
 # ---- Benchmarks, in CoOp's layout ----------------------------------------------------------------
+DATASETS_MD = "see https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
+GET_EUROSAT = "import torchvision; torchvision.datasets.EuroSAT('.', download=True)"
+LAYOUTS = "expected FOLDER/<class>/image.jpg, or FOLDER/train/<class>/ and FOLDER/test/<class>/"
+
+
 @dataclass(frozen=True)
 class Benchmark:
     name: str
@@ -59,10 +64,6 @@ class Benchmark:
         return "variants.txt" if self.name == "FGVCAircraft" else f"split_zhou_{self.name}.json"
 
 
-DATASETS_MD = "see https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
-LAYOUTS = "expected FOLDER/<class>/image.jpg, or FOLDER/train/<class>/ and FOLDER/test/<class>/"
-TORCHVISION = "import torchvision; torchvision.datasets.EuroSAT('.', download=True)"
-HOW_TO_GET = {"EuroSAT": f'this gives ./eurosat: python -c "{TORCHVISION}"'}  # else DATASETS_MD
 IMAGENETS = ("ImageNet", "ImageNetV2", "ImageNet-Sketch", "ImageNet-A", "ImageNet-R")
 EUROSAT = {
     "AnnualCrop": "Annual Crop Land",
@@ -104,44 +105,50 @@ def load_dataset(
     """
     if template is not None and not re.fullmatch(r"[^{}]*{}[^{}]*", template):
         raise ValueError(f"the template {template!r} must contain {{}} once, for the class name")
-    path = given = Path(os.path.abspath(os.path.expanduser(root)))
+    path = Path(os.path.abspath(os.path.expanduser(root)))
     benchmark = _find_benchmark(path)
     if not path.is_dir():
         problem = f"{root} is a file, not a folder" if path.exists() else f"no folder {root}"
-        advice = HOW_TO_GET.get(benchmark.name, DATASETS_MD) if benchmark else LAYOUTS
+        advice = DATASETS_MD if benchmark else LAYOUTS
+        if benchmark and benchmark.name == "EuroSAT":
+            advice = f'this downloads it to ./eurosat: python -c "{GET_EUROSAT}"'
         raise FileNotFoundError(f"{problem}; {advice}")
-    files = [] if benchmark else list_files(path)[0]
-    while not (benchmark or _find_parts(path, files)) and (inner := _only_parent(path, files)):
-        path, benchmark = inner, _find_benchmark(inner)
-    notes = [f"read {path}, the only folder with pictures"] if path != given else []
-    benchmark = benchmark or Benchmark(path.name, path.name)
-    images = path / benchmark.images if (path / benchmark.images).is_dir() else path
+    notes: list[str] = []
+    if not benchmark:
+        folder = Folder(path)
+        while not benchmark and not _find_parts(folder) and (inner := _only_parent(folder)):
+            folder = inner
+            benchmark = _find_benchmark(folder.path)
+        if folder.path != path:
+            notes.append(f"read {folder.path}, the only folder with pictures")
+        path = folder.path
+        benchmark = benchmark or Benchmark(path.name, path.name)
     if classnames is None and benchmark.name in IMAGENETS:
         places = [folder / "classnames.txt" for folder in (path, path.parent / "imagenet")]
         classnames = next(filter(Path.exists, places), None)
         if classnames is None:
             raise FileNotFoundError(f"no file {places[0]}; {DATASETS_MD}")
+    images = path / benchmark.images if (path / benchmark.images).is_dir() else path
     if (path / benchmark.split_file).exists():
         classes, splits = _read_split(path / benchmark.split_file, images)
     else:
-        classes, splits = _read_folders(images, benchmark, classnames, notes)
+        classes, splits = _read_folders(Folder(images), benchmark, classnames, notes)
     names = _class_names(classes, benchmark, classnames, notes)
-    lower = [name.lower() for name in names]
-    twice = [name for name in lower if lower.count(name) > 1]
+    counts = collections.Counter(name.lower() for name in names)
+    twice = [name for name, count in counts.items() if count > 1]
     if len(names) < 2 or "" in names or (twice and benchmark.name not in IMAGENETS):
         raise ValueError(f"{root}: at least two different class names needed, not {twice or names}")
     lacking = {}
     for part in ("train", "test"):
-        labels = {label for _, label in splits.get(part, [])}
+        labels = {label for _, label in splits[part]}
         absent = [name for label, name in enumerate(names) if label not in labels]
         if labels and absent:
             lacking[part] = f"classes without a {part} image: {len(absent)}, e.g. {absent[0]!r}"
     if "train" in lacking or not splits["test"]:
         raise ValueError(f"{root}: {'; '.join(lacking.values()) or 'no class has a test image'}")
     notes += lacking.values()
-    train, val, test = (splits.get(part, []) for part in PARTS)
     template = template or benchmark.template
-    return Dataset(benchmark.name, names, train, val, test, template, tuple(notes), os.fspath(root))
+    return Dataset(benchmark.name, names, *splits.values(), template, tuple(notes), os.fspath(root))
 
 
 def _find_benchmark(path: Path) -> Benchmark | None:
@@ -156,120 +163,132 @@ def _find_benchmark(path: Path) -> Benchmark | None:
 # ---- Folders with classes ------------------------------------------------------------------------
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # for EPS, Pillow runs a program
 EXTENSIONS = tuple(e for e, name in Image.registered_extensions().items() if name in FORMATS)
-UNREADABLE = (".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".dng", ".cr2", ".nef", ".arw")
+UNREADABLE = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".dng", ".cr2", ".nef", ".arw"}
 HIDDEN = (".", "__")  # systems and tools leave ._a.jpg, __MACOSX, .ipynb_checkpoints
 PART_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 PART_NAMES |= {part: part for part in PARTS}
 NOT_CLASSES = {"annotations", "images", "labels", "masks", *(b.folder for b in BENCHMARKS)}
 
 
-def list_files(folder: PathLike) -> tuple[list[str], list[str]]:
-    """Lists the pictures and other files below a folder, without hidden ones and linked folders."""
-    pictures, others, errors = [], [], []
-    for parent, folders, files in os.walk(folder, onerror=errors.append):
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-        for name in files:
-            if not name.startswith(HIDDEN):
-                group = pictures if name.lower().endswith(EXTENSIONS) else others
-                group.append(os.path.join(parent, name))
-    if errors:
-        raise errors[0]  # a folder that cannot be read
-    return sorted(pictures, key=lambda path: path.split(os.sep)), sorted(others)
+class Folder:
+    """What is below a folder, in order and without hidden files.
+
+    Links to folders are followed, except to a folder that they are in.
+    """
+
+    def __init__(self, path: PathLike, parents: tuple[str, ...] = ()):
+        self.path = Path(path)
+        self.pictures: list[str] = []  # at any depth
+        self.others: list[str] = []  # other files, at any depth
+        self.folders: dict[str, Folder] = {}  # sub-folders with pictures
+        self.empty: list[Folder] = []  # sub-folders without
+        parents += (os.path.realpath(path),)
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+            if entry.name.startswith(HIDDEN):
+                continue
+            if not entry.is_dir():
+                is_picture = entry.name.lower().endswith(EXTENSIONS)
+                (self.pictures if is_picture else self.others).append(entry.path)
+            elif os.path.realpath(entry.path) not in parents:
+                inner = Folder(entry.path, parents)
+                self.pictures += inner.pictures
+                self.others += inner.others
+                if inner.pictures:
+                    self.folders[entry.name] = inner
+                else:
+                    self.empty.append(inner)
 
 
-def _by_folder(folder: Path, files: list[str]) -> dict[str, list[str]]:
-    """Groups the files that are in sub-folders of a folder by sub-folder."""
-    start = os.path.join(folder, "")
-    groups = collections.defaultdict(list)
-    for file in files:
-        name, _, below = file[len(start) :].partition(os.sep)
-        if below and file.startswith(start):
-            groups[name].append(file)
-    return groups
-
-
-def _only_parent(folder: Path, pictures: list[str]) -> Path | None:
+def _only_parent(folder: Folder) -> Folder | None:
     """Returns the only sub-folder with pictures if it holds folders, so it is not a class."""
-    inner = [folder / name for name in _by_folder(folder, pictures)]
-    return inner[0] if len(inner) == 1 and _by_folder(inner[0], pictures) else None
+    inner = list(folder.folders.values())
+    return inner[0] if len(inner) == 1 and inner[0].folders else None
 
 
-def _find_parts(folder: Path, pictures: list[str]) -> dict[str, Path]:
-    """Maps "train", "val", "test" to split folders ("Training", "seg_test"), if there are any."""
-    names, parts = _by_folder(folder, pictures).keys(), {}
-    for name in sorted(names, key=lambda name: name.lower() not in PART_NAMES):
+def _find_parts(folder: Folder) -> dict[str, Folder]:
+    """Finds split folders ("Training", "seg_test"), if there are any."""
+    parts: dict[str, Folder] = {}
+    for name in sorted(folder.folders, key=lambda name: name.lower() not in PART_NAMES):
         words = [word for word in re.findall("[a-z]+", name.lower()) if word in PART_NAMES]
         if words:
-            parts.setdefault(PART_NAMES[words[0]], folder / name)
-    are_parts = len(parts) == len(names) or any(_by_folder(p, pictures) for p in parts.values())
+            parts.setdefault(PART_NAMES[words[0]], folder.folders[name])
+    are_parts = len(parts) == len(folder.folders) or any(p.folders for p in parts.values())
     return parts if are_parts else {}  # "train" can also be a class
 
 
-def _read_folders(images: Path, benchmark: Benchmark, names_file, notes: list[str]):
+def _read_folders(
+    folder: Folder, benchmark: Benchmark, names_file: PathLike | None, notes: list[str]
+) -> tuple[list[str], Splits]:
     """Reads class folders, or split folders with class folders. Returns classes and splits."""
-    pictures, others = list_files(images)
     default = "test" if benchmark.name in IMAGENETS[1:] else "train"
-    parts = _find_parts(images, pictures) or {default: images}
+    parts = _find_parts(folder) or {default: folder}
+    if "val" in parts and "test" not in parts:
+        parts["test"] = parts.pop("val")
+        if benchmark.name != "ImageNet":
+            notes.append(f"there is no test part: test images are those of {parts['test'].path}")
     found = {}
-    for part, folder in parts.items():
-        found[part] = _read_classes(folder, pictures, others, names_file, notes)
-    if "val" in found and "test" not in found:
-        found["test"] = found.pop("val")
-    used = {path for groups in found.values() for paths in groups.values() for path in paths}
-    if unused := [path for path in pictures if path not in used]:
-        notes.append(f"ignored {len(unused)} pictures outside class folders, e.g. {unused[0]}")
-    if others:
-        notes.append(f"ignored {len(others)} files without an image extension, e.g. {others[0]}")
+    for part, inner in parts.items():
+        advice = "sort them into class folders, or move this folder away to do without it"
+        if part == "train" or inner is folder:
+            advice = LAYOUTS
+        found[part] = _read_classes(inner, advice, names_file, notes)
+    used = [inner.pictures for classes in found.values() for inner in classes.values()]
+    if unused := set(folder.pictures).difference(*used):
+        notes.append(f"ignored {len(unused)} pictures outside class folders, e.g. {min(unused)}")
+    if folder.others:
+        notes.append(f"ignored {len(folder.others)} other files, e.g. {folder.others[0]}")
     if benchmark in BENCHMARKS and benchmark.name not in IMAGENETS:
         notes.append(f"no {benchmark.split_file}: do not compare with published results")
-    classes = sorted(set().union(*found.values()))
     if "test" not in found:
         notes.append("split into train, val and test: 50 / 20 / 30 % of each class")
-        return classes, _split(found["train"])
-    splits = {}
-    for part, groups in found.items():
-        by_label = enumerate(groups.get(name, []) for name in classes)
-        splits[part] = [(path, label) for label, paths in by_label for path in paths]
+        return list(found["train"]), _split(found["train"])
+    classes = sorted(set().union(*found.values()))
+    splits: Splits = {part: [] for part in PARTS}
+    for part, folders in found.items():
+        for label, name in enumerate(classes):
+            if name in folders:
+                splits[part] += [(path, label) for path in folders[name].pictures]
     return classes, splits
 
 
-def _read_classes(folder: Path, pictures: list[str], others: list[str], names_file, notes):
-    """Maps class folders to the pictures below. ValueError if the folders are not classes."""
-    if inner := _only_parent(folder, pictures):  # seg_train/seg_train/<classes>
-        return _read_classes(inner, pictures, others, names_file, notes)
-    classes = _by_folder(folder, pictures)
+def _read_classes(
+    folder: Folder, advice: str, names_file: PathLike | None, notes: list[str]
+) -> dict[str, Folder]:
+    """Returns the class folders by name. ValueError if the folders are not classes."""
+    while inner := _only_parent(folder):  # seg_train/seg_train/<classes>
+        folder = inner
+    classes = folder.folders
     names = list(classes)
-    unreadable = _by_folder(folder, [f for f in others if f.lower().endswith(UNREADABLE)])
-    for name in unreadable.keys() - classes.keys():
-        kinds = ", ".join({Path(file).suffix.lower() for file in unreadable[name]})
-        raise ValueError(f"{folder / name} has only {kinds} images; convert them to JPEG or PNG")
-    no_classes = NOT_CLASSES | {folder.name.lower()}
+    for empty in folder.empty:
+        if kinds := UNREADABLE & {Path(file).suffix.lower() for file in empty.others}:
+            found = f"{empty.path} has only {', '.join(sorted(kinds))} images"
+            raise ValueError(f"{found}; convert them to JPEG or PNG")
+    no_classes = NOT_CLASSES | {folder.path.name.lower()}
     if no_classes >= {name.lower() for name in names} or any(b.folder in names for b in BENCHMARKS):
-        count = sum(path.startswith(os.path.join(folder, "")) for path in pictures)
-        found = f"{folder} has {count} pictures but no class folders"
-        raise ValueError(f"{found} (it holds {', '.join(names) or 'files only'}); {LAYOUTS}")
-    inner = [set(_by_folder(folder / name, classes[name])) for name in names]
-    common = sorted(set.intersection(*inner))
+        found = f"{folder.path} has {len(folder.pictures)} pictures but no class folders"
+        raise ValueError(f"{found} (only {', '.join(names) or 'files'}); {advice}")
+    common = sorted(set.intersection(*(set(inner.folders) for inner in classes.values())))
     if len(names) > 1 and len(common) > 1 and not names_file:
-        advice = f"choose: --data {folder / names[0]} --eval-data {folder / names[1]}"
+        first, second = (folder.path / name for name in names[:2])
+        advice = f"choose: --data {first} --eval-data {second}"
         if PART_NAMES.keys() >= {name.lower() for name in common}:
-            advice = f"expected {folder / common[-1] / names[0]}"
-        found = f"{', '.join(names[:3])} in {folder} all hold {', '.join(common[:3])}"
+            advice = f"expected {folder.path / common[-1] / names[0]}"
+        found = f"{', '.join(names[:3])} in {folder.path} all hold {', '.join(common[:3])}"
         named = f"if {names[0]} is a class, name the classes in a file: --classnames FILE"
         raise ValueError(f"{found}; {advice}; {named}")
-    folders = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-    if empty := sorted(n for n in folders - classes.keys() if not n.startswith(HIDDEN)):
-        notes.append(f"ignored {len(empty)} folders without pictures, e.g. {empty[0]}")
-    if any(inner):
-        notes.append(f"{sum(map(bool, inner))} classes have pictures in sub-folders")
+    if folder.empty:
+        example = folder.empty[0].path
+        notes.append(f"ignored {len(folder.empty)} folders without pictures, e.g. {example}")
+    if deep := sum(bool(inner.folders) for inner in classes.values()):
+        notes.append(f"{deep} classes have pictures in sub-folders")
     return classes
 
 
-def _split(groups: dict[str, list[str]]) -> Splits:
+def _split(classes: dict[str, Folder]) -> Splits:
     """50 / 20 / 30 % of each class, rounded as in CoOp, with the class's name as seed."""
     splits: Splits = {part: [] for part in PARTS}
-    for label, name in enumerate(sorted(groups)):
-        items = [(path, label) for path in groups[name]]
+    for label, (name, folder) in enumerate(classes.items()):
+        items = [(path, label) for path in folder.pictures]
         random.Random(name).shuffle(items)
         n = len(items)
         train = max(1, round(0.5 * n))  # if images are few, train comes first, then test
@@ -291,13 +310,15 @@ def _read_lines(file: PathLike) -> list[str]:
 
 def _read_split(file: Path, images: Path) -> tuple[list[str], Splits]:
     """Reads classes and splits from a split file: part -> [[path, label, class name], ...]."""
+    splits: Splits = {part: [] for part in PARTS}
+    names: dict[int, str] = {}
     try:
         rows = _read_aircraft(file) if file.suffix == ".txt" else json.loads(file.read_bytes())
-        splits, names = {}, {}
-        for part in PARTS:
-            paths = [(images / path.replace("\\", "/"), label) for path, label, _ in rows[part]]
-            splits[part] = [(str(path), label) for path, label in paths]
-            names |= {label: name for _, label, name in rows[part]}
+        for part, items in splits.items():
+            for path, label, name in rows[part]:
+                items.append((os.path.join(images, path.replace("\\", "/")), label))
+                if names.setdefault(label, name) != name:
+                    raise ValueError(f"label {label} is both {names[label]!r} and {name!r}")
         if sorted(names) != list(range(len(names))):
             raise ValueError("labels are not 0, 1, 2, ...")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -438,14 +459,12 @@ def open_image(path: str) -> Image.Image:
                 raise ValueError(f"{image.width} x {image.height} pixels are too elongated")
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # Pillow would clip these at 255
-                values = T.functional.pil_to_tensor(image.convert("F")).nan_to_num(
-                    0, 0, 0
-                )  # (1, H, W)
-                largest = values.max().item()
+                grey = T.functional.pil_to_tensor(image.convert("F"))  # (1, H, W)
+                grey = grey.nan_to_num(0, 0, 0)
+                largest = grey.max().item()
                 white = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
-                image = T.functional.to_pil_image(
-                    (values * (255 / white)).round().clamp(0, 255).byte()
-                )
+                grey = (grey * (255 / white)).round().clamp(0, 255)
+                image = T.functional.to_pil_image(grey.byte())
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -461,7 +480,7 @@ def find_images(paths: list[PathLike]) -> list[str]:
     for path in paths:
         if not os.path.exists(path):
             raise ValueError(f"no file or folder {path}")
-        found += list_files(path)[0] if os.path.isdir(path) else [os.fspath(path)]
+        found += Folder(path).pictures if os.path.isdir(path) else [os.fspath(path)]
     if not found:
         raise ValueError(f"no images in {', '.join(map(str, paths))}")
     return found

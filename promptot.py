@@ -314,7 +314,7 @@ def encode(
     for number, (images, labels) in enumerate(batches, start=1):
         if len(labels):  # none if all images of the batch are unreadable
             yield model.image_features(images.to(device), tuned), labels.to(device)
-        runs.progress("evaluation", number, len(batches), "batches", start)
+        runs.progress(f"batch {number} of {len(batches)}", number, len(batches), start)
     runs.clear_line()
 
 
@@ -355,9 +355,9 @@ def main(argv: list[str] | None = None) -> None:
                 run.add_zero_shot(name, target, counts)
         run.note_chance(targets)
         for recipe in recipes:
-            if run.is_done(recipe.name):
-                continue
             record = run.record(recipe.name)
+            if record is None:  # finished before
+                continue
             if args.load:
                 model = load_prompts(args.load, clip, recipe.precision)
             else:
@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
                     texts = model.set_classes(target.classnames).text_features()  # (C, D)
                 counts[name] = correct(model, target, texts[None], workers=args.workers)[0]
             run.add_tuning(recipe, record.history, targets, counts)
-        run.log(f"\n{runs.results(run.metrics)}\nprompts, metrics, log, pictures: {run.folder}")
+        run.log(f"\n{runs.results(run.metrics)}\n\nprompts, metrics, log, pictures: {run.folder}")
 
 
 # ---- Saved prompts, prediction, the picture of the plan ------------------------------------------
@@ -453,7 +453,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(usage="%(prog)s [flags]", description=title, allow_abbrev=False)
         path = {"type": runs.full_path, "metavar": "PATH"}
         add = self.add_argument_group("data").add_argument
-        add("--data", **path, help="a folder per class, or a benchmark data set (default: demo)")
+        add("--data", **path, help="folder of class folders, or a benchmark (default: the demo)")
         add("--eval-data", **path, nargs="+", help="also evaluate on these data sets")
         add("--classnames", **path, help="file with a line 'folder name' per class of --data")
         add("--template", help="zero-shot template for --data, such as 'an aerial photo of {}.'")
@@ -472,12 +472,12 @@ class Parser(argparse.ArgumentParser):
         add("--output", metavar="PATH", help="folder for the results (default: runs/DATA)")
         add("--resume", action="store_true", help="continue an interrupted run")
         add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-        add("--workers", type=int, help="processes to load images (default: 8 with a GPU, else 0)")
+        add("--workers", type=int, metavar="INT", help="image loaders (default: 8 with a GPU)")
         add = self.add_argument_group("saved prompts").add_argument
         add("--load", metavar="FILE", help="evaluate these prompts instead of tuning")
         add("--predict", nargs="+", metavar="PATH", help="classify images or folders with --load")
         add("--csv", metavar="FILE", help="file for the predictions (default: print them)")
-        add("--names", nargs="+", help="class names for --predict (default: all of the data set)")
+        add("--names", nargs="+", metavar="NAME", help="class names for --predict (default: all)")
 
     def error(self, message: str):  # one line, without argparse's usage
         raise ValueError(f"{message} (see --help)")
@@ -487,7 +487,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[Recipe]
     """All flags, and a recipe for each combination of the SWEEP flags."""
     flags = vars(Parser().parse_args(argv))
     given = {name: value for name, value in flags.items() if value is not None}
-    flags |= {"model": "ViT-B/16", "eval_data": [], "device": "auto"} | asdict(Recipe())
+    flags |= asdict(Recipe()) | {"model": "ViT-B/16", "eval_data": [], "device": "auto"}
     if "load" in given:
         saved = read_prompts(given["load"])
         flags |= asdict(saved["recipe"]) | saved["flags"]
@@ -505,10 +505,9 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[Recipe]
     if args.load:
         return args, [replace(saved["recipe"], classes=args.classes, precision=args.precision)]
     settings = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-    sweep = [settings[name] for name in SWEEP]
-    sweep = [values if isinstance(values, list) else [values] for values in sweep]
-    combinations = [dict(zip(SWEEP, values)) for values in itertools.product(*sweep)]
-    return args, [Recipe(**settings | combination) for combination in combinations]
+    sweep = {name: settings[name] for name in SWEEP}
+    choices = [values if isinstance(values, list) else [values] for values in sweep.values()]
+    return args, [Recipe(**settings | dict(zip(sweep, c))) for c in itertools.product(*choices)]
 
 
 if __name__ == "__main__":

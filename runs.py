@@ -62,12 +62,10 @@ class Run:
         self.folder = folders[0]
         if (self.folder / "metrics.json").exists():
             self.metrics = read_metrics(self.folder)
-            old = self.metrics["settings"]
-            changes = [
-                f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if v != old.get(k)
-            ]
-            if changes:
-                raise ValueError(f"cannot resume {self.folder}: {'; '.join(changes)}")
+            for name, old in self.metrics["settings"].items():
+                if settings.get(name) != old:
+                    new = settings.get(name)
+                    raise ValueError(f"cannot resume {self.folder}: {name} was {old}, is {new}")
         self.save()
 
     def log(self, text: str) -> None:
@@ -101,16 +99,12 @@ class Run:
             if classes >= 3 and images >= 20 and self.metrics["zero_shot"][name] < 150 / classes:
                 return self.log(CHANCE.format(name))
 
-    def is_done(self, name: str) -> bool:
-        """Whether this tuning was finished before. Prints its name."""
+    def record(self, name: str) -> "Record | None":
+        """The progress of a tuning, with its state in a sub-folder. None if it is finished."""
         done = any(run["name"] == name for run in self.metrics["runs"])
         self.log(f"\n{name}" + (": finished before" if done else ""))
-        return done
-
-    def record(self, name: str) -> "Record":
-        """The progress of one tuning, with its state in a sub-folder of that name."""
         (self.folder / name).mkdir(exist_ok=True)
-        return Record(self.folder / name / "state.pt", self.log)
+        return None if done else Record(self.folder / name / "state.pt", self.log)
 
     def add_tuning(self, recipe, history: list, targets: dict, counts: dict[str, Tensor]) -> None:
         """counts: target -> (C,) correct predictions per class. Deletes the state of the tuning."""
@@ -201,8 +195,9 @@ class Record:
         if not all(map(math.isfinite, means.values())):
             raise ValueError(f"the loss is not finite in epoch {epoch}: try a lower --lr")
         text = " ".join(f"{k.replace('_', '-')} {mean:.4f}" for k, mean in means.items())
-        text = f"{epoch}/{self.epochs} {text}"
-        return means, progress(text, self.done, self.total, "steps", self.start)
+        rate = self.done / (time.perf_counter() - self.start)
+        text = f"{epoch}/{self.epochs} {text} {rate:.1f} steps/s"
+        return means, progress(text, self.done, self.total, self.start)
 
     def end_of_epoch(self) -> None:
         """Adds the means to the history and saves the state."""
@@ -260,16 +255,15 @@ def one_line_errors() -> Iterator[None]:
 _printed = 0.0  # when `progress` last printed a line
 
 
-def progress(text: str, done: int, total: int, unit: str, start: float) -> str:
+def progress(text: str, done: int, total: int, start: float) -> str:
     """Shows how far the work is that began at `start` (time.perf_counter). Returns the line.
 
     On a terminal, the line is rewritten. Elsewhere, one is printed every 30 seconds.
     """
     global _printed
     now = time.perf_counter()
-    rate = done / (now - start)
-    left = datetime.timedelta(seconds=round((total - done) / rate))
-    line = f"{text}, {rate:.1f} {unit}/s, {left} left"
+    left = datetime.timedelta(seconds=round((now - start) * (total / done - 1)))
+    line = f"{text}, {left} left"
     if rank() == 0 and sys.stdout.isatty():
         print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
     elif rank() == 0 and now - max(start, _printed) > 30:
@@ -286,21 +280,20 @@ def clear_line() -> None:
 
 def describe(dataset, targets: dict, model: nn.Module, recipes: list) -> str:
     """What the run works on, in a few lines, with a note on everything that was guessed."""
-    sizes = f"{len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.test)} test images"
-    half = "the first half of the classes (--classes all: on all of them)"
-    trained = sum(p.numel() for p in model.prompts.parameters())
-    frozen = sum(p.numel() for p in model.clip.parameters()) / 1e6
-    lines = [
-        f"data    {dataset.name}: {len(dataset.classnames)} classes, {sizes}",
-        f"tuning  on {half if recipes[0].classes == 'base' else 'all classes'}",
-        f"model   {frozen:.1f} M frozen parameters, {trained:,} trained, on {model.text0.device}",
-    ]
+    parts = [f"{len(getattr(dataset, part))} {part}" for part in ("train", "val", "test")]
+    lines = [f"data    {dataset.name}: {', '.join(parts)} images"]
     notes = [*model.clip.notes, *dataset.notes]
     for name, target in targets.items():
         names = ", ".join(target.classnames[:9]) + ", ..." * (len(target.classnames) > 9)
         size = f"{len(target.test)} images of {len(target.classnames)} classes"
         lines.append(f"target  {name}: {size}: {names}")
         notes += target.notes
+    frozen = sum(p.numel() for p in model.clip.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.prompts.parameters())
+    sizes = f"{frozen:.1f} M frozen parameters, {trained:,} trained"
+    lines.append(f"model   {sizes}, on {model.text0.device}")
+    if recipes[0].classes == "base":
+        notes.append("tuned on the first half of the classes; --classes all: on all of them")
     shots = max(recipe.shots for recipe in recipes)
     images = collections.Counter(dataset.classnames[label] for _, label in dataset.train)
     if few := [name for name in images if images[name] < shots]:

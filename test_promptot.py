@@ -6,10 +6,11 @@ python -m pytest -q -k sinkhorn      # also: ot_loss, image_prompts, text_prompt
 
 import argparse
 import collections
+import contextlib
 import csv
 import dataclasses
-import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -22,9 +23,10 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
-import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,18 +39,8 @@ import data
 import promptot
 import runs
 import weights
-from clip_model import CLIP, load, pack, tokenize
-from promptot import (
-    PromptLearner,
-    PromptOT,
-    Recipe,
-    learning_rate,
-    main,
-    ot_loss,
-    sinkhorn,
-    transport_cost,
-    unit,
-)
+from clip_model import CLIP, load, tokenize
+from promptot import PromptLearner, PromptOT, Recipe, main, ot_loss, sinkhorn, unit
 from weights import find, read_tensors, read_weights
 
 pytestmark = pytest.mark.filterwarnings("error:::(promptot|clip_model|weights|data|runs)$")
@@ -61,8 +53,12 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_weights(clip: CLIP, seed: int = 0) -> CLIP:
-    generator = seeded(seed)
+def small_clip(**options) -> CLIP:
+    """A random CLIP. Its towers differ in width, number of heads and depth."""
+    sizes = {"embed_dim": 16, "image_resolution": 32, "patch_size": 8}
+    vision = {"vision_width": 128, "vision_layers": 3}
+    clip = CLIP(**sizes, **vision, text_width=64, text_layers=4, **options)
+    generator = seeded()
     for name, p in clip.named_parameters():
         scale = p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1  # keeps signals at their size
         p.data = scale * torch.randn(p.shape, generator=generator)
@@ -72,11 +68,11 @@ def random_weights(clip: CLIP, seed: int = 0) -> CLIP:
     return clip.requires_grad_(False).eval()
 
 
-def small_clip(**options) -> CLIP:
-    """A random CLIP with 2 heads in the image tower, 1 in the text tower, and other depths."""
-    sizes = {"embed_dim": 16, "image_resolution": 32, "patch_size": 8}
-    vision = {"vision_width": 128, "vision_layers": 3}
-    return random_weights(CLIP(**sizes, **vision, text_width=64, text_layers=4, **options))
+def assert_refused(words: str, function, path: Path, *args) -> None:
+    """The error is one line that names the file or folder. words: a regular expression."""
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        function(path, *args)
+    assert path.name in str(error.value) and "\n" not in str(error.value), error.value
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +89,14 @@ def demo_clip() -> CLIP:
 def exact_transport(cost):
     """The cheapest permutation by brute force. It is optimal for uniform marginals (Birkhoff)."""
     n = len(cost)
-    return min(sum(cost[i, p[i]] for i in range(n)) / n for p in itertools.permutations(range(n)))
+    permutations = torch.tensor(list(itertools.permutations(range(n))))  # (n!, n)
+    return cost[torch.arange(n), permutations].mean(dim=1).min()
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
 def test_sinkhorn_costs_at_most_epsilon_log_n_more_than_exact_transport(n):
-    for seed, epsilon in itertools.product(range(10), (0.1, 0.02)):
+    """The entropy of a plan is between log n (a permutation's) and 2 log n (the uniform plan's)."""
+    for seed, epsilon in itertools.product(range(10), (0.1, 0.05)):
         cost = torch.rand(n, n, generator=seeded(seed))
         plan = sinkhorn(cost, epsilon=epsilon)
         excess = (plan * cost).sum() - exact_transport(cost)
@@ -129,35 +127,27 @@ def test_sinkhorn_marginals_and_optimality(n, m, epsilon):
 
 
 def test_sinkhorn_solves_batches_of_problems():
+    """Leading dimensions are independent problems, and those of the marginals broadcast."""
     cost = torch.rand(2, 3, 5, 6, generator=seeded())
-    plans = sinkhorn(cost, epsilon=0.05, tol=1e-7)
-    for i, j in itertools.product(range(2), range(3)):
-        for plan, other in ((plans[i, j], cost[i, j]), (plans[i, j].T, cost[i, j].T)):
-            alone = sinkhorn(other, epsilon=0.05, tol=1e-7)
-            torch.testing.assert_close(plan, alone, atol=1e-6, rtol=0)
-    a = torch.rand(2, 1, 5, generator=seeded()).softmax(-1)  # leading dimensions broadcast
+    a = torch.rand(2, 1, 5, generator=seeded())
+    a[..., 0] = 0  # the first row has no mass
+    a = a / a.sum(-1, keepdim=True)
     plans = sinkhorn(cost, a, epsilon=0.05, tol=1e-7)
-    alone = sinkhorn(cost[1, 2], a[1, 0], epsilon=0.05, tol=1e-7)
-    torch.testing.assert_close(plans[1, 2], alone, atol=1e-6, rtol=0)
+    assert (plans[..., 0, :] == 0).all()
+    for i, j in itertools.product(range(2), range(3)):
+        alone = sinkhorn(cost[i, j], a[i, 0], epsilon=0.05, tol=1e-7)
+        torch.testing.assert_close(plans[i, j], alone, atol=1e-6, rtol=0)
+        turned = sinkhorn(cost[i, j].T, None, a[i, 0], epsilon=0.05, tol=1e-7)
+        torch.testing.assert_close(turned.T, alone, atol=1e-6, rtol=0)
 
 
-def test_sinkhorn_zero_mass_stays_where_it_is():
-    a, b = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.25, 0.0, 0.0, 0.75])
-    cost = torch.rand(3, 4, generator=seeded())
-    plan = sinkhorn(cost, a, b, epsilon=0.05, tol=1e-7)
-    assert plan[0].sum() == 0 and plan[:, 1:3].sum() == 0
-    rest = sinkhorn(cost[1:, [0, 3]], a[1:], b[[0, 3]], epsilon=0.05, tol=1e-7)
-    torch.testing.assert_close(plan[1:, [0, 3]], rest)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sinkhorn_of_half_precision_returns_fp32(dtype):
-    cost = torch.rand(8, 8, generator=seeded()).to(dtype)
+def test_sinkhorn_of_half_precision_returns_fp32():
+    cost = torch.rand(8, 8, generator=seeded()).bfloat16()
     plan = sinkhorn(cost, epsilon=0.05)
     assert plan.dtype == torch.float32
     torch.testing.assert_close(plan, sinkhorn(cost.float(), epsilon=0.05))
-    with torch.autocast("cpu", dtype):
-        torch.testing.assert_close(plan, sinkhorn(cost, epsilon=0.05), rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plan, sinkhorn(cost, epsilon=0.05))
 
 
 def test_sinkhorn_warns_when_iterations_are_too_few():
@@ -188,8 +178,8 @@ def test_ot_loss_cost_is_half_the_squared_distance_of_joint_features():
 
 
 def test_ot_loss_gradient_holds_the_plan_constant():
-    """d L / d f_i = -sum_j pi_ij f0_j, as if the plan did not depend on the features."""
-    image, text, image0, text0 = features(6)
+    """By the envelope theorem, this is the gradient of the entropic objective."""
+    image, text, image0, text0 = (x.double() for x in features(6))
     image.requires_grad_(), text.requires_grad_()
     loss, plan = ot_loss(image, text, image0, text0, epsilon=0.05)
     loss.backward()
@@ -197,34 +187,24 @@ def test_ot_loss_gradient_holds_the_plan_constant():
     torch.testing.assert_close(image.grad, -plan @ image0)
     torch.testing.assert_close(text.grad, -plan @ text0)
 
+    def objective(image):  # <pi, C> - epsilon H(pi)
+        loss, plan = ot_loss(image, text, image0, text0, epsilon=0.05)
+        return loss + 0.05 * (plan * plan.log()).sum()
 
-def test_ot_loss_plan_is_the_gradient_of_the_entropic_objective():
-    """The envelope theorem, by finite differences of <pi, C> - epsilon H(pi)."""
-    cost = torch.rand(4, 4, generator=seeded(), dtype=torch.float64)
-
-    def objective(cost):
-        plan = sinkhorn(cost, epsilon=0.1, tol=1e-12)
-        return (plan * cost).sum() + 0.1 * (plan * (plan.log() - 1)).sum()
-
-    plan = sinkhorn(cost, epsilon=0.1, tol=1e-12)
-    for i, j in [(0, 0), (1, 2), (3, 1)]:
-        step = torch.zeros_like(cost)
-        step[i, j] = 1e-4
-        difference = (objective(cost + step) - objective(cost - step)) / 2e-4
-        torch.testing.assert_close(difference, plan[i, j], rtol=1e-3, atol=1e-6)
+    step = 1e-2 * torch.randn(image.shape, generator=seeded())
+    difference = (objective(image + step) - objective(image - step)) / 2
+    torch.testing.assert_close(difference, (image.grad * step).sum(), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("n", [2, 4, 7])
+@pytest.mark.parametrize("n", [4, 6])
 def test_ot_loss_is_within_one_per_cent_of_exact_transport(n):
     """On features like CLIP's, which are all alike, moved a little and a lot by tuning."""
-    for seed, moved in itertools.product(range(5), (0.1, 1, 3)):
+    for seed, moved in itertools.product(range(5), (0.1, 1, 2)):
         generator = seeded(seed)
         image0 = unit(torch.randn(n, 64, generator=generator) + 1)
         image = unit(image0 + moved * torch.randn(n, 64, generator=generator) / 8)
-        with warnings.catch_warnings():  # row errors just above 1e-4 do no harm here
-            warnings.simplefilter("ignore")
-            loss, _ = ot_loss(image, image, image0, image0)
-        exact = exact_transport(transport_cost(image, image, image0, image0))
+        loss, _ = ot_loss(image, image, image0, image0)
+        exact = exact_transport(2 - 2 * image @ image0.T)
         torch.testing.assert_close(loss, exact, rtol=0.01, atol=0)
 
 
@@ -248,12 +228,10 @@ KNOWN_IDS = {
     "it's we'll o'clock": [585, 568, 649, 1342, 334, 262, 6716],
     "&amp;lt;b&amp;gt; &eacute;": [283, 321, 285, 4166],
     "naïve café ☕ 日本語": [1097, 35689, 563, 15304, 26561, 39121, 44353, 34002, 508],
-    "1234 ½ x²": [272, 273, 274, 275, 33613, 343, 41175],
     "<|endoftext|>": [27, 347, 40786, 4160, 91, 285],
     "\ufb01ne \ufb02ow": [3797, 5608],
     "Ünï\u0301cøde": [6522, 77, 157, 116, 107, 66, 17483, 654],
     "don’t “quote”": [847, 713, 257, 4020, 257],
-    "🙂👍🏽": [32006, 43722],
     "antidisestablishmentarianism": [3120, 4262, 7726, 12658, 1585, 44351],
     "schÃ¶n": [844, 7255, 333],
     "a\x00b\x1cc": [5334],
@@ -268,11 +246,11 @@ def test_tokenizer_ids():
 
 
 def test_tokenizer_length_limit():
+    long = "cat " * 101
     with pytest.raises(ValueError, match="has 103 tokens, but the limit is 77"):
-        tokenize("cat " * 101)
-    tokens = tokenize("cat " * 101, truncate=True)
-    assert tokens[0, 0] == 49406 and tokens[0, -1] == 49407 and (tokens[0, 1:-1] == 2368).all()
-    assert tokenize(["a cat"], context_length=4).tolist() == [[49406, 320, 2368, 49407]]
+        tokenize(long)
+    assert tokenize(long, truncate=True).tolist() == [[49406, *[2368] * 75, 49407]]
+    assert tokenize("a cat", context_length=4).tolist() == [[49406, 320, 2368, 49407]]
 
 
 # ---- CLIP with prompts, against a slow and obvious second implementation -------------------------
@@ -335,7 +313,8 @@ def test_image_prompts_enter_each_layer(clip, depth):
 
 
 def test_image_prompts_none_is_plain_clip(clip):
-    images = torch.randn(2, 3, 32, 32)
+    """So one copy of the weights is the tuned model and its frozen teacher."""
+    images = torch.randn(2, 3, 32, 32, generator=seeded())
     plain = clip.encode_image(images)
     assert torch.equal(plain, clip.encode_image(images, torch.zeros(0, 4, 128)))
     slow = slow_encode_image(clip, images[0], torch.zeros(1, 0, 128))
@@ -353,38 +332,15 @@ def test_text_prompts_enter_each_layer(clip, depth):
     assert_same_features_and_gradients(clip.encode_text(tokens, prompts), slow, prompts)
 
 
-@pytest.mark.parametrize(
-    "texts",
-    [
-        TEXTS[:1] * 3,
-        ["one two three four five", *TEXTS, *TEXTS],
-        [f"a photo of a {'very ' * (i % 30)}old thing." for i in range(70)],
-    ],
-)
-def test_text_prompts_do_not_mix_texts_in_a_row(clip, texts):
+def test_text_prompts_do_not_mix_texts_in_a_row(clip):
     """Packing texts into rows, and leaving out what follows their ends, is exact."""
+    texts = [f"a photo of a {'very ' * (i % 30)}old thing." for i in range(50)] + TEXTS
     prompts = torch.randn(3, 4, 64, generator=seeded())
     for learned, slow_prompts in ((prompts, prompts), (None, torch.zeros(1, 0, 64))):
         together = clip.encode_text(tokenize(texts), learned)
         for row, text in zip(together, texts):
             alone = slow_encode_text(clip, tokenize(text)[0], slow_prompts)
             torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
-
-
-def test_text_prompts_and_sot_are_shared_in_a_row():
-    """9 is the end of a text. Two positions are shared: those of SOT, 1, and of a prompt."""
-    tokens = torch.tensor([[1, 5, 2, 9, 0], [1, 6, 9, 0, 0], [1, 7, 3, 4, 9]])
-    texts = pack(tokens, n_prompts=1, length=6)
-    assert texts.tokens.tolist() == [[1, 5, 2, 9, 9], [1, 7, 3, 4, 9]]
-    assert texts.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
-    assert texts.ends.tolist() == [3, 4, 9]
-    sees = [[j for j in range(5) if texts.mask[0, 0, i, j]] for i in range(5)]
-    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]  # the last: only its own text
-    with pytest.raises(ValueError, match="too short"):
-        pack(tokens, n_prompts=2)
-    tokens[-1, 0] = 8
-    with pytest.raises(ValueError, match="start with the same token"):
-        pack(tokens)
 
 
 def test_activation_and_heads_matter():
@@ -398,15 +354,9 @@ def test_activation_and_heads_matter():
 
 
 # ---- Weights: every layout -----------------------------------------------------------------------
-def small_model() -> CLIP:
-    return CLIP(16, 32, 8, 128, 3, 64, 4, vocab_size=50).half()
-
-
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    shapes = {key: tensor.shape for key, tensor in small_model().state_dict().items()}
-    generator = seeded()
-    return {key: torch.randn(shape, generator=generator).half() for key, shape in shapes.items()}
+    return small_clip(vocab_size=50).half().state_dict()
 
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -470,7 +420,7 @@ def prefixed(prefix: str, state: dict) -> dict:
 
 
 def as_module(state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    model = small_model()
+    model = small_clip(vocab_size=50)
     model.load_state_dict(state, assign=True)
     return torch.nn.DataParallel(model)
 
@@ -487,34 +437,30 @@ LAYOUTS = {
 ONES = torch.ones(128, 16)
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for key, tensor in found.items():
-        assert tensor.dtype == expected[key].dtype and torch.equal(tensor, expected[key]), key
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_openais_keys(state, tmp_path, layout, dtype):
     expected = {key: tensor.to(dtype) for key, tensor in state.items()}
     tensors = LAYOUTS[layout](expected)
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    assert_same(read_weights(tmp_path).state, expected)
+    torch.testing.assert_close(dict(read_weights(tmp_path).state), expected, rtol=0, atol=0)
     assert bool(read_weights(tmp_path).notes) == (layout != "OpenAI")
     if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         save_safetensors(tensors, tmp_path / "model.safetensors")
-        assert_same(read_weights(tmp_path / "model.safetensors").state, expected)
+        found = read_weights(tmp_path / "model.safetensors").state
+        torch.testing.assert_close(dict(found), expected, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
 def test_torchscript_archives_are_read_without_torch_jit(tmp_path, monkeypatch):
+    """OpenAI's files are such archives."""
     inner = torch.nn.Sequential(torch.nn.Linear(6, 7).half())
     module = torch.nn.Sequential(torch.nn.Linear(5, 6), inner)
     torch.jit.script(module).save(str(tmp_path / "model.pt"))
     monkeypatch.setattr(torch.jit, "load", None)
     layers = read_tensors(tmp_path / "model.pt")
-    for key, tensor in module.state_dict().items():
-        found = functools.reduce(lambda layer, attribute: layer[attribute], key.split("."), layers)
-        assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+    assert torch.equal(layers["0"]["weight"], module[0].weight)
+    assert torch.equal(layers["1"]["0"]["bias"], inner[0].bias)  # in fp16
 
 
 def test_activation_heads_and_normalisation_come_from_the_config(state, tmp_path):
@@ -535,23 +481,15 @@ def test_activation_heads_and_normalisation_come_from_the_config(state, tmp_path
     write("open_clip_config.json", model_cfg=model, preprocess_cfg=colours)
     assert read_weights(tmp_path)[1:] == ("quickgelu", 32, (0.5,) * 3, (0.2,) * 3, ())
     write("open_clip_config.json")
-    assert read_weights(tmp_path).activation == "gelu"
-    assert "--activation quickgelu" in read_weights(tmp_path).notes[0]
+    found = read_weights(tmp_path)
+    assert found.activation == "gelu" and "--activation quickgelu" in found.notes[0]
     (tmp_path / "open_clip_config.json").unlink()
-    assert read_weights(tmp_path).activation == "quickgelu"
-    assert "--activation gelu" in read_weights(tmp_path).notes[0]
+    found = read_weights(tmp_path)
+    assert found.activation == "quickgelu" and "--activation gelu" in found.notes[0]
     assert read_weights(tmp_path, "gelu")[1:] == ("gelu", 64, weights.MEAN, weights.STD, ())
 
 
 # ---- Weights: what is refused, and that no code is run -------------------------------------------
-def assert_refused(read, path: Path, complaint: str = "") -> None:
-    """In one line that names the file."""
-    with pytest.raises(ValueError) as error:
-        read(path)
-    message = str(error.value)
-    assert path.name in message and complaint in message and "\n" not in message, message
-
-
 def test_configs_that_are_not_supported_are_refused_by_name(state, tmp_path):
     torch.save(as_transformers(state), tmp_path / "model.bin")
     gelu, relu = {"hidden_act": "gelu"}, {"hidden_act": "relu"}
@@ -563,9 +501,7 @@ def test_configs_that_are_not_supported_are_refused_by_name(state, tmp_path):
         ({"vision_config": [1]}, "config.json: "),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert_refused(read_weights, tmp_path / "model.bin", complaint)
-    (tmp_path / "config.json").write_text("{")
-    assert_refused(read_weights, tmp_path / "model.bin", "config.json: ")
+        assert_refused(complaint, read_weights, tmp_path / "model.bin")
 
 
 def test_checkpoints_that_are_not_one_clip_are_refused_by_name(state, tmp_path):
@@ -573,9 +509,7 @@ def test_checkpoints_that_are_not_one_clip_are_refused_by_name(state, tmp_path):
     for content, complaint in (
         (state | {"visual.trunk.x": ONES}, "timm"),
         (state | {"visual.attnpool.x": ONES}, "ResNet"),
-        (state | {"visual.attn_pool.x": ONES}, "CoCa"),
         (state | {"logit_bias": ONES}, "SigLIP"),
-        (state | {"text.transformer.embeddings.x": ONES}, "another text tower"),
         (state | {"visual.proj": ONES.log() / 0}, "visual.proj"),
         (state | {"visual.proj": ONES.to(torch.int8)}, "quantised"),
         (state | {"head.weight": ONES}, "head.weight"),
@@ -586,15 +520,15 @@ def test_checkpoints_that_are_not_one_clip_are_refused_by_name(state, tmp_path):
         ([state], "list"),
     ):
         torch.save(content, tmp_path / "model.pt")
-        assert_refused(load, tmp_path / "model.pt", complaint)
+        assert_refused(complaint, load, tmp_path / "model.pt")
 
 
 def test_folders_without_one_file_of_weights_are_refused(tmp_path):
-    assert_refused(read_weights, tmp_path, "model.safetensors")
+    assert_refused("model.safetensors", read_weights, tmp_path)
     for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors"):
         (tmp_path / name).touch()
-        assert_refused(read_weights, tmp_path / name, "max_shard_size")
-    assert_refused(read_weights, tmp_path, "max_shard_size")
+        assert_refused("max_shard_size", read_weights, tmp_path / name)
+    assert_refused("max_shard_size", read_weights, tmp_path)
 
 
 def test_checkpoints_may_hold_objects_of_any_package(tmp_path):
@@ -603,14 +537,12 @@ def test_checkpoints_may_hold_objects_of_any_package(tmp_path):
         "args": argparse.Namespace(lr=0.1, tensor=torch.ones(3)),
         "counts": collections.defaultdict(list, a=[1]),
         "recent": collections.deque([1, 2]),
-        "module": torch.nn.Linear(2, 2),
     }
     torch.save(content, tmp_path / "checkpoint.pt")
     found = read_tensors(tmp_path / "checkpoint.pt")
     assert [tensor.tolist() for tensor in found["tensors"]] == [[1, 1], [], [1, 1, 1]]
     assert found["args"]["lr"] == 0.1 and found["args"]["tensor"].tolist() == [1, 1, 1]
     assert found["counts"] == {"a": [1]} and [*found["recent"].values()] == [1, 2]
-    assert found["module"]["_parameters"]["weight"].shape == (2, 2)
 
 
 def test_no_code_in_a_file_is_run(tmp_path, monkeypatch):
@@ -618,8 +550,6 @@ def test_no_code_in_a_file_is_run(tmp_path, monkeypatch):
     for pickled in (
         b"cos\nsystem\n(S'touch hacked'\ntR.",  # os.system("touch hacked")
         b"(S'touch hacked'\nios\nsystem\n.",  # the same by other opcodes
-        b"(cos\nsystem\nS'touch hacked'\no.",
-        b"cos\nsystem\n(S'touch hacked'\nt\x81.",
         b"cos\nX\n)\x81}S'__setstate__'\ncos\nsystem\nsbS'touch hacked'\nb.",
         b'cbuiltins\neval\n(S\'open("hacked", "w")\'\ntR.',
         b"cbuiltins\ngetattr\n(cos\nX\nS'system'\ntR(S'touch hacked'\ntR.",
@@ -627,30 +557,26 @@ def test_no_code_in_a_file_is_run(tmp_path, monkeypatch):
     ):
         with zipfile.ZipFile("model.pt", "w") as archive:
             archive.writestr("archive/data.pkl", pickled)
-        assert_refused(read_weights, tmp_path / "model.pt")
+        assert_refused("model.pt", read_weights, tmp_path / "model.pt")
         assert not Path("hacked").exists()
 
 
-def test_damaged_files_and_files_of_other_kinds(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"a": torch.ones(3)}, "good.bin")
-    good = Path("good.bin").read_bytes()
-    save_safetensors({"a": torch.ones(3)}, Path("cut.safetensors"))
+def test_damaged_files_and_files_of_other_kinds(tmp_path):
+    bad = tmp_path / "bad.bin"
+    torch.save({"a": torch.ones(3)}, bad)
+    good = bad.read_bytes()
+    save_safetensors({"a": torch.ones(3)}, tmp_path / "good.safetensors")
     for content in (
-        b"",
         good[:-30],
         good.replace(struct.pack("<f", 1), struct.pack("<f", 2)),
-        Path("cut.safetensors").read_bytes()[:-4],
-        b"<!DOCTYPE html>",
+        (tmp_path / "good.safetensors").read_bytes()[:-4],
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4b8699\n",
     ):
-        Path("bad.bin").write_bytes(content)
-        assert_refused(read_tensors, tmp_path / "bad.bin", "delete it and run again")
-    torch.save({"a": torch.ones(3)}, "old.bin", _use_new_zipfile_serialization=False)
-    assert_refused(read_tensors, tmp_path / "old.bin", "1.6")
-    assert_refused(read_tensors, tmp_path, "not a regular file")
-    with pytest.raises(FileNotFoundError):
-        read_tensors("nowhere.bin")
+        bad.write_bytes(content)
+        assert_refused("delete it and run again", read_tensors, bad)
+    torch.save({"a": torch.ones(3)}, bad, _use_new_zipfile_serialization=False)
+    assert_refused("1.6", read_tensors, bad)
+    assert_refused("No such file", read_tensors, tmp_path / "nowhere.bin")
 
 
 # ---- Weights: where they are found ---------------------------------------------------------------
@@ -662,8 +588,7 @@ def published(tmp_path, monkeypatch) -> list[Path]:
     """Files that stand for those of the hub and of OpenAI's second host; the caches are empty."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     _, openai, timm, _ = weights.MODELS["ViT-B/16"]
     sha256 = hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setitem(weights.MODELS, "ViT-B/16", (sha256, openai, timm, sha256))
@@ -677,9 +602,8 @@ def published(tmp_path, monkeypatch) -> list[Path]:
     return [on_hub, on_host]
 
 
-def test_downloads_from_the_hub_then_from_openai_and_keeps_only_the_right_file(
-    published, tmp_path, capsys
-):
+def test_downloads_keep_only_the_right_file(published, tmp_path, capsys):
+    """From the hub, then from OpenAI. Each file is checked by its SHA-256."""
     on_hub, on_host = published
     path = find("ViT-B/16")
     assert path == tmp_path / f".cache/clip/{TIMM}.safetensors"
@@ -725,7 +649,7 @@ def test_finds_what_other_programs_have_cached(published, tmp_path, monkeypatch,
     assert read_weights(find("ViT-B/16")).notes == ()  # OpenAI's weights: nothing to guess
 
 
-@pytest.mark.parametrize("name", ["~nobody/x", "a\0b", "x" * 999, "", "laion/x", "nowhere.pt"])
+@pytest.mark.parametrize("name", ["~nobody/x", "x" * 999, "", "laion/x", "nowhere.pt"])
 def test_unknown_models(published, name):
     with pytest.raises(ValueError, match="unknown model.*ViT-L/14@336px"):
         find(name)
@@ -766,16 +690,11 @@ def build(benchmark: data.Benchmark, parent: Path) -> Path:
     return home
 
 
-def refused(root: Path, message: str, **options) -> None:
-    with pytest.raises((ValueError, OSError), match=message) as e:
-        data.load_dataset(root, **options)
-    assert "\n" not in str(e.value)
-
-
 # ---- Data: benchmarks ----------------------------------------------------------------------------
 @pytest.mark.parametrize("benchmark", data.BENCHMARKS, ids=lambda benchmark: benchmark.name)
 def test_all_benchmarks_are_read(benchmark, tmp_path):
-    refused(tmp_path / benchmark.folder, "python -c|DATASETS.md")  # how to get it
+    advice = "python -c|DATASETS.md"  # how to get it
+    assert_refused(advice, data.load_dataset, tmp_path / benchmark.folder)
     home = build(benchmark, tmp_path)
     dataset = data.load_dataset(home)
     assert (dataset.name, dataset.template) == (benchmark.name, benchmark.template)
@@ -808,13 +727,12 @@ def test_split_files(tmp_path):
     assert data.load_dataset(home).train[0][0] == str(home / "2750/deep/x.jpg")
     for old, new, message in (
         ('"val2.jpg", 2', '"val2.jpg", 4', "split_zhou_EuroSAT.json is damaged"),
-        ("}", "", "split_zhou_EuroSAT.json is damaged"),
         ("val0.jpg", "x.jpg", "1 of 9 images .* missing.*x.jpg"),
         ("zebra", "tabby", "different class names needed, not .*'tabby'"),
         ('["train1.jpg", 1, "tabby"], ', "", "without a train image: 1, e.g. 'tabby'"),
     ):
         file.write_text(good.replace(old, new))
-        refused(home, message)
+        assert_refused(message, data.load_dataset, home)
 
 
 # ---- Data: folders as people have them -----------------------------------------------------------
@@ -824,7 +742,6 @@ def test_split_files(tmp_path):
         (["cat", "big_dog"], ["big dog", "cat"], [4, 2, 2]),
         (["Training/a", "Training/b", "Test/a", "Test/b"], ["a", "b"], [8, 0, 8]),
         (["train/a", "train/b", "validation/a", "validation/b"], ["a", "b"], [8, 0, 8]),
-        (["VAL/a", "VAL/b", "Testing/a", "Testing/b"], ["a", "b"], [0, 8, 8]),
         (["s_train/s_train/a", "s_train/s_train/b", "s_test/a", "s_test/b"], ["a", "b"], [8, 0, 8]),
         (["train/a", "train/b"], ["a", "b"], [4, 2, 2]),
         (["unzipped/set/a", "unzipped/set/b"], ["a", "b"], [4, 2, 2]),
@@ -849,10 +766,8 @@ def test_layouts(folders, classes, sizes, tmp_path):
         ([], "0 pictures"),
         (["a.png", "b.png"], "2 pictures but no class folders"),
         (["cat/a.png"], "two different class names"),
-        (["cat/a.png", "_/b.png"], "two different class names"),
         (["big_cat/a.png", "Big cat/b.png"], "different class names .*'big cat'"),
         (["train/cat/a.png", "train/dog/a.png", "test/a.png"], "test has 1 pictures but no class"),
-        (["train/a.png", "test1/a.png"], "train has 1 pictures but no class folders"),
         (["train/cat/a.png", "val/images/a.png"], "val has 1 pictures but no class folders"),
         (["images/a.png", "masks/a.png"], "2 pictures but no class folders .*images, masks"),
         (["dtd/a.png", "eurosat/a.png", "x/a.png"], "no class folders .*dtd, eurosat, x"),
@@ -866,7 +781,7 @@ def test_folders_that_are_refused(files, message, tmp_path):
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("")
-    refused(tmp_path, message)
+    assert_refused(message, data.load_dataset, tmp_path)
 
 
 def test_what_is_left_out_is_noted(tmp_path):
@@ -900,9 +815,10 @@ def test_own_class_names(tmp_path):
     assert dataset.notes[-1].startswith("1 lines")
     for content, message in {b"x y": "no line", b"\xff": "UTF-8", b"ct": "no line"}.items():
         file.write_bytes(content)
-        refused(root, f"names.txt .*{message}", classnames=file)
-    refused(root, "typo", classnames=tmp_path / "typo")
-    refused(root, "must contain {} once", template="a photo")
+        with pytest.raises(ValueError, match=f"names.txt .*{message}"):
+            data.load_dataset(root, file)
+    with pytest.raises(ValueError, match="must contain {} once"):
+        data.load_dataset(root, template="a photo")
     domains = class_folders(tmp_path / "y", "a/front", "a/back", "b/front", "b/back")
     file.write_text("a cat\nb dog")
     assert data.load_dataset(domains, file).classnames == ["cat", "dog"]
@@ -936,6 +852,8 @@ def test_shots_are_those_of_coop(shots, seed):
     dataset = data.Dataset("x", list("abcdefgh"), train, [], [])
     base = data.few_shot_source(dataset, shots, seed)  # sampled first, then reduced
     assert base.train == [item for item in expected if item[1] < 4]
+    with pytest.raises(ValueError, match="no training images"):
+        data.few_shot_source(dataclasses.replace(dataset, train=[]), shots, seed)
 
 
 def test_base_and_novel_are_halves():
@@ -945,19 +863,9 @@ def test_base_and_novel_are_halves():
     assert base.classnames == ["a", "b"] and base.test == [i for i in items[20:] if i[1] < 2]
     assert novel.classnames == ["c"] and novel.test == [(p, 0) for p, y in items[20:] if y == 2]
     assert (len(base.notes), len(novel.notes)) == (0, 1)  # novel is always 100 %
-
-
-def test_evaluation_targets_have_different_names():
-    own, novel, again = (
-        data.Dataset(name, ["a", "b"], [], [], [("a.png", 0), ("b.png", 1)], root=root)
-        for name, root in [("x", "1/x"), ("novel", "2/novel"), ("x", "3/x")]
-    )
-    assert list(data.evaluation_targets(own, "all", [novel, again])) == ["x", "novel", "3/x"]
-    assert list(data.evaluation_targets(own, "base", [novel])) == ["base", "novel", "2/novel"]
+    only_base = dataclasses.replace(dataset, test=base.test)
     with pytest.raises(ValueError, match="no test image of a novel class"):
-        data.evaluation_targets(dataclasses.replace(own, test=own.test[:1]), "base")
-    with pytest.raises(ValueError, match="1/x has no training images"):
-        data.few_shot_source(own, 16, 1)
+        data.evaluation_targets(only_base, "base")
 
 
 # ---- Data: images and batches --------------------------------------------------------------------
@@ -1018,14 +926,12 @@ def test_epochs_are_permutations_shared_by_processes(n, world):
 
 
 def test_augmentation_depends_on_seed_epoch_and_position_only(tmp_path):
-    items = [(picture(tmp_path / f"{i}.png"), i % 3) for i in range(11)]
-    transform, state = data.train_transform(8), torch.get_rng_state()
-    first, other = (data.Images([items[0]] * 5, transform, seed) for seed in (1, 2))
+    items, transform = [(picture(tmp_path / "x.png"), 0)] * 5, data.train_transform(8)
+    state = torch.get_rng_state()
+    first, other = (data.Images(items, transform, seed) for seed in (1, 2))
     images = [first[0, 3][0], first[1, 3][0], first[0, 4][0], other[0, 3][0]]
     assert all(torch.equal(x, y) == (x is y) for x in images for y in images)
-    alone, helped = (data.train_loader(items, transform, 4, 1, workers) for workers in (0, 2))
-    helped.batch_sampler.epoch = alone.batch_sampler.epoch = 1
-    torch.testing.assert_close(list(helped), list(alone), rtol=0, atol=0)
+    assert torch.equal(first[0, 3][0], images[0])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -1040,14 +946,6 @@ def batch(seed: int = 0, n: int = 4):
 def make(clip, names=NAMES, **settings) -> PromptOT:
     torch.manual_seed(0)  # the same prompts each time
     return PromptOT(clip, names, Recipe(**settings))
-
-
-@pytest.mark.parametrize(
-    "bad", [{"shots": -1}, {"reg": "x"}, {"lam": math.nan}, {"lam": math.inf}, {"epsilon": 0}]
-)
-def test_recipe_rejects_invalid_values(bad):
-    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
-        Recipe(**bad)
 
 
 def test_prompts_are_initialised_as_in_the_paper(clip):
@@ -1073,20 +971,17 @@ def test_number_of_prompts(clip, n_ctx):
     tokens = tokenize([f"{words} {name}." for name in names])
     slow = [slow_encode_text(clip, row, model.prompts.text) for row in tokens]
     torch.testing.assert_close(model.text_features(), unit(torch.stack(slow)), rtol=1e-4, atol=1e-5)
-    assert model(batch()[0]).shape == (4, len(names))
 
 
 def test_objective_is_cross_entropy_plus_lambda_ot(clip):
     model, (images, labels) = make(clip), batch()
     loss, parts = model.loss(images, labels, Recipe(lam=3, epsilon=0.02))
     torch.testing.assert_close(parts["ce"], F.cross_entropy(model(images), labels))
-    texts = tokenize([f"a photo of a {name}." for name in NAMES])
-    text0 = unit(clip.encode_text(texts))
-    z = torch.cat([model.image_features(images), model.text_features()[labels]], 1)
-    z0 = torch.cat([unit(clip.encode_image(images)), text0[labels]], 1)
-    cost = torch.cdist(z, z0).square() / 2
-    plan = sinkhorn(cost, epsilon=0.02)
-    torch.testing.assert_close(parts["ot"], (plan * cost).sum(), rtol=1e-3, atol=1e-5)
+    image, text = model.image_features(images), model.text_features()
+    image0 = unit(clip.encode_image(images))
+    text0 = unit(clip.encode_text(tokenize([f"a photo of a {name}." for name in NAMES])))
+    ot, plan = ot_loss(image, text[labels], image0, text0[labels], epsilon=0.02)
+    torch.testing.assert_close(parts["ot"], ot, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(parts["off_diagonal"], 1 - plan.trace(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(loss, parts["ce"] + 3 * parts["ot"])
     alone, parts = model.loss(images, labels, Recipe(reg="none"))
@@ -1095,69 +990,42 @@ def test_objective_is_cross_entropy_plus_lambda_ot(clip):
     assert parts["off_diagonal"] == 0
 
 
-def test_only_prompts_get_gradients(clip):
-    model, (images, labels) = make(clip), batch()
-    model.loss(images, labels)[0].backward()
-    assert all(p.grad is None for p in clip.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in model.prompts.parameters())
-
-
 def test_bf16_is_close_and_losses_are_fp32(clip):
-    images, labels = batch()
-    names, losses, gradients = NAMES + [str(i) for i in range(500)], [], []
+    gradients = []
     for precision in ("fp32", "bf16"):
-        model = make(clip, names, precision=precision)
-        loss, parts = model.loss(images, labels)
+        model = make(clip, precision=precision)
+        loss, parts = model.loss(*batch())
         loss.backward()
-        losses.append(loss)
         gradients.append(model.prompts.text.grad)
         assert {x.dtype for x in (loss, parts["plan"], gradients[-1])} == {torch.float32}
-    torch.testing.assert_close(*losses, rtol=0.05, atol=0.01)
-    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
+    error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert 0 < error < 0.05
 
 
 def test_export_with_a_dynamic_batch(demo_clip):
     """torch.export of the image tower, and of a classifier with tuned prompts."""
     model = make(demo_clip)
-    text = model.clip.logit_scale.exp() * model.text_features().detach()
 
-    class Classifier(torch.nn.Module):
-        def __init__(self):
+    class Exported(torch.nn.Module):
+        def __init__(self, prompts=None, text=None):
             super().__init__()
-            self.clip, self.text = demo_clip, torch.nn.Parameter(text)
-            self.prompts = model.prompts.vision
+            self.clip, self.prompts, self.text = demo_clip, prompts, text
 
         def forward(self, images):
-            return unit(self.clip.encode_image(images, self.prompts)) @ self.text.T
+            image = self.clip.encode_image(images, self.prompts)
+            return image if self.text is None else unit(image) @ self.text.T
 
-    class Tower(Classifier):
-        def forward(self, images):
-            return self.clip.encode_image(images)
-
-    shapes = ({0: torch.export.Dim("batch")},)
+    text = torch.nn.Parameter(demo_clip.logit_scale.exp() * model.text_features())
+    classifier = Exported(model.prompts.vision, text)
+    shapes = ({0: torch.export.Dim("batch", max=4096)},)  # torch 2.6 asks for a maximum
     images = [torch.randn(n, 3, 32, 32, generator=seeded(n)) for n in (2, 7, 1)]
-    for module, expected in ((Tower(), demo_clip.encode_image), (Classifier(), model)):
+    for module, expected in ((Exported(), demo_clip.encode_image), (classifier, model)):
         program = torch.export.export(module, (images[0],), dynamic_shapes=shapes).module()
         for x in images:
             torch.testing.assert_close(program(x), expected(x))
 
 
 # ---- Training ------------------------------------------------------------------------------------
-class Silent:
-    """Everything that `train` asks of a record."""
-
-    history = ()
-
-    def begin(self, epochs, steps, prompts, optimizer):
-        return 0
-
-    def step(self, parts):
-        pass
-
-    def end_of_epoch(self):
-        pass
-
-
 @pytest.fixture(scope="module")
 def digits():
     return data.few_shot_source(data.load_dataset(DEMO / "digits"), shots=4, seed=1, classes="all")
@@ -1177,12 +1045,11 @@ def prompts_of(model) -> torch.Tensor:
 def test_training_changes_the_prompts_and_nothing_else(demo_clip, digits):
     before = {name: p.clone() for name, p in demo_clip.named_parameters()}
     torch.manual_seed(1)
-    start = PromptOT(demo_clip, digits.classnames)
+    prompts = prompts_of(PromptOT(demo_clip, digits.classnames))
     model, history = tune(demo_clip, digits)
     assert all(torch.equal(p, before[name]) for name, p in demo_clip.named_parameters())
-    assert (prompts_of(model) != prompts_of(start)).float().mean() > 0.99
+    assert (prompts_of(model) != prompts).float().mean() > 0.99
     assert [set(means) for means in history] == 2 * [{"loss", "ce", "ot", "off_diagonal"}]
-    assert torch.equal(prompts_of(tune(demo_clip, digits, Silent())[0]), prompts_of(model))
 
 
 def test_training_is_sgd_by_hand(demo_clip, digits):
@@ -1205,13 +1072,14 @@ def test_training_is_sgd_by_hand(demo_clip, digits):
 
 
 def test_training_learning_rates():
-    rates = [learning_rate(epoch) for epoch in range(40)]
+    rates = [promptot.learning_rate(epoch) for epoch in range(40)]
     assert rates[0] == 1e-4 and rates[1] == 5e-3
     for epoch, rate in ((2, 4.9923e-3), (3, 4.9692e-3), (39, 3.0779e-5)):
         assert rates[epoch] == pytest.approx(rate, rel=1e-4)
 
 
 def test_training_is_reproducible_and_depends_on_the_settings(demo_clip, digits):
+    """Workers change nothing, since each augmentation has a seed of its own."""
     model, _ = tune(demo_clip, digits, stop_epoch=1)
     again, _ = tune(demo_clip, digits, workers=2, stop_epoch=1)
     assert torch.equal(prompts_of(model), prompts_of(again))
@@ -1220,26 +1088,15 @@ def test_training_is_reproducible_and_depends_on_the_settings(demo_clip, digits)
         assert not torch.equal(prompts_of(tuned), prompts_of(model))
 
 
-def test_training_resumes_to_the_same_bits(demo_clip, digits, tmp_path, monkeypatch):
+def test_training_resumes_to_the_same_bits(demo_clip, digits, tmp_path):
+    """The state of the optimizer counts, too: without its momentum, the prompts would differ."""
     model, history = tune(demo_clip, digits, stop_epoch=3)
-    file, save, saved = tmp_path / "state.pt", runs.save_tensors, []
-
-    def save_once(*args):
-        if saved:
-            raise KeyboardInterrupt  # after the work of epoch 2, before it is saved
-        saved.append(save(*args))
-
-    monkeypatch.setattr(runs, "save_tensors", save_once)
-    with pytest.raises(KeyboardInterrupt):
-        tune(demo_clip, digits, runs.Record(file), stop_epoch=3)
-    monkeypatch.setattr(runs, "save_tensors", save)
+    file = tmp_path / "state.pt"
+    tune(demo_clip, digits, runs.Record(file), stop_epoch=2)
     resumed, its_history = tune(demo_clip, digits, runs.Record(file), stop_epoch=3)
     assert torch.equal(prompts_of(resumed), prompts_of(model)) and its_history == history
     with pytest.raises(ValueError, match="state.pt is not the state of this tuning"):
         tune(demo_clip, digits, runs.Record(file), n_ctx=2)
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="state.pt"):
-        tune(demo_clip, digits, runs.Record(file))
 
 
 def test_training_stops_when_the_loss_is_not_finite(demo_clip, digits):
@@ -1248,11 +1105,11 @@ def test_training_stops_when_the_loss_is_not_finite(demo_clip, digits):
 
 
 def test_correct_predictions_are_counted_per_class(demo_clip, digits):
-    """Against counting one by one. Evaluation leaves nothing behind that would disturb training."""
+    """Against counting one by one. Rotated class names are a second set of texts."""
     model = PromptOT(demo_clip, digits.classnames)
     few = dataclasses.replace(digits, test=digits.test[::9])
     text = model.text_features()
-    counts = promptot.correct(model, few, torch.stack([text, text.roll(1, 0)]))
+    counts = promptot.correct(model, few, torch.stack([text, text.roll(1, dims=0)]))
     expected = torch.zeros(10)
     with torch.no_grad():
         for path, label in few.test:
@@ -1260,11 +1117,10 @@ def test_correct_predictions_are_counted_per_class(demo_clip, digits):
             expected[label] += model(image).argmax() == label
     assert counts.shape == (2, 10) and torch.equal(counts[0], expected)
     assert counts[0].sum() > counts[1].sum()
-    promptot.train(model, few.train, Recipe(stop_epoch=1), Silent())
 
 
 # ---- The command line ----------------------------------------------------------------------------
-QUICK = ("--epochs", 2, "--shots", 4, "--reg", "ot")
+QUICK = ("--epochs", 2, "--shots", 4)
 NAME = "base-ot-4shots-seed1"
 MODEL = ("--model", DEMO / "tiny-clip.pt")
 
@@ -1272,26 +1128,43 @@ MODEL = ("--model", DEMO / "tiny-clip.pt")
 def run(*args) -> dict:
     """Runs main in this process. Returns the content of metrics.json."""
     main([str(arg) for arg in args])
-    return json.loads((Path(args[args.index("--output") + 1]) / "metrics.json").read_text())
+    return metrics_in(args[args.index("--output") + 1])
 
 
-def start(*args, python=(), **options) -> subprocess.Popen:
+def metrics_in(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@contextlib.contextmanager
+def start(*args, python=(), **options):
     """Runs promptot.py in a process of its own, in which SIGINT has its usual effect.
 
     A shell that starts pytest in the background lets it, and its children, ignore SIGINT.
     """
     command = [sys.executable, *python, HERE / "promptot.py", *args]
-    return subprocess.Popen(
+    with subprocess.Popen(
         [str(part) for part in command],
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {}),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **options,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def saved_prompts(folder: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(folder / NAME / "prompts.pt")["prompts"]
+def wait_for_epochs(process: subprocess.Popen, folder: Path, epochs: int) -> None:
+    state = folder / NAME / "state.pt"
+    while not state.exists() or len(read_tensors(state)["history"]) < epochs:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def saved_prompts(folder: Path) -> torch.Tensor:
+    prompts = read_tensors(folder / NAME / "prompts.pt")["prompts"]
+    return torch.cat([prompts[tower].flatten() for tower in ("text", "vision")])
 
 
 def expect_error(capsys, words: str, *args) -> None:
@@ -1303,137 +1176,133 @@ def expect_error(capsys, words: str, *args) -> None:
     assert error.startswith("error: ") and words in error and "\n" not in error, error
 
 
-def test_demo(tmp_path, capsys):
-    metrics = run("--output", tmp_path / "run", "--epochs", 6, "--reg", "ot")
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> tuple:
+    """Flags for ten of the demo's digits per class, so that a run takes a second."""
+    folder = tmp_path_factory.mktemp("few") / "digits"
+    others = shutil.ignore_patterns("00[1-9]*", "01*")  # all but 0000.png to 0009.png
+    shutil.copytree(DEMO / "digits", folder, ignore=others)
+    return ("--data", folder, *MODEL)
+
+
+@pytest.fixture(scope="module")
+def finished(few, tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(*few, *QUICK, "--output", folder)
+    return folder
+
+
+def test_demo(tmp_path):
+    """What a newcomer sees, in less time: the whole demo is 40 epochs without and with OT."""
+    args = ("--epochs", 6, "--reg", "ot", "--output", tmp_path)
+    with start(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        printed, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and "sinkhorn" not in error, error
+    order = ["data  ", "zero-shot base", "off-diagonal", "| accuracy", "ot, 16 shots"]
+    places = [printed.index(word) for word in order]
+    assert places == sorted(places) and max(map(len, printed.splitlines())) <= 100
+    assert "chance" not in printed
+    metrics = metrics_in(tmp_path)
     zero_shot, (result,) = metrics["zero_shot"], metrics["runs"]
     assert zero_shot["base"] > 60 and zero_shot["novel"] > 60  # chance is 20
     assert result["accuracy"]["base"] > 70 and result["accuracy"]["novel"] > 70
     assert Recipe(**result["recipe"]).name == result["name"] and len(result["history"]) == 6
-    printed = capsys.readouterr().out
-    order = ["data  ", "model  ", "zero-shot base", "off-diagonal", "| accuracy", "ot, 16 shots"]
-    places = [printed.index(word) for word in order]
-    assert places == sorted(places) and max(map(len, printed.splitlines())) <= 100
-    assert "chance" not in printed
     per_class = result["per_class"]["novel"]
     assert len(per_class) == 5  # with 60 test images each
     assert sum(per_class.values()) / 5 == pytest.approx(result["accuracy"]["novel"], abs=0.01)
-    files = {path.name for path in (tmp_path / "run" / result["name"]).iterdir()}
+    files = {path.name for path in (tmp_path / result["name"]).iterdir()}
     assert files == {"prompts.pt", "plan.png", "curves.png"}
-    results = (tmp_path / "run" / "results.md").read_text()
-    assert "HM" in results and "| novel " in results and "| three " in results
+    assert "| three " in (tmp_path / "results.md").read_text()
 
 
-def test_seeds_shots_and_regularisers_in_one_table(tmp_path, capsys):
-    args = ("--output", tmp_path / "run", "--epochs", 1, "--reg", "none", "pointwise", "--resume")
+def test_seeds_shots_and_regularisers_in_one_table(few, tmp_path, capsys):
+    args = (*few, "--output", tmp_path, "--epochs", 1, "--reg", "none", "pointwise", "--resume")
     metrics = run(*args, "--shots", 1, 2)
     names = [f"base-{r}-{s}shots-seed1" for r in ("none", "pointwise") for s in (1, 2)]
     assert [r["name"] for r in metrics["runs"]] == names
-    again = run(*args, "--shots", 1, 2, "--seed", 1, 2)
-    assert again["runs"][:4] == metrics["runs"] and len(again["runs"]) == 8
+    again = run(*args, "--shots", 1, "--seed", 1, 2)
+    assert again["runs"][:4] == metrics["runs"] and len(again["runs"]) == 6
     printed = capsys.readouterr().out
-    assert printed.count("finished before") == 4
+    assert printed.count("finished before") == 2
     assert "pointwise, 2 shots" in printed and " ± " in printed
-    for other in (("--lam", 5), ("--augment", "none"), ("--data", DEMO / "letters", *MODEL)):
+    for other in (("--lam", 5), ("--augment", "none"), ("--data", DEMO / "letters")):
         expect_error(capsys, other[0][2:], *args, *other)
-    expect_error(capsys, "--resume", "--output", tmp_path / "run", "--epochs", 1)
 
 
-def test_killed_runs_resume_to_the_same_bits(tmp_path):
-    """SIGKILL at several moments. In the end the prompts are those of an undisturbed run."""
-    args = ["--epochs", 12, "--shots", 4, "--batch-size", 8, "--reg", "ot", "--output"]
+def test_killed_runs_resume_to_the_same_bits(few, tmp_path):
+    """SIGKILL after the first epoch, and later. The prompts become those of an undisturbed run."""
+    args = (*few, "--epochs", 20, "--shots", 4, "--output")
     run(*args, tmp_path / "whole")
-    for seconds in (4, 5, 6):
-        process = start(*args, tmp_path / "killed", "--resume", stdout=subprocess.DEVNULL)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            process.kill()
-            process.wait()
+    for epochs in (1, 8):
+        with start(*args, tmp_path / "killed", "--resume", stdout=subprocess.DEVNULL) as process:
+            wait_for_epochs(process, tmp_path / "killed", epochs)
     run(*args, tmp_path / "killed", "--resume")
     whole, killed = (saved_prompts(tmp_path / name) for name in ("whole", "killed"))
-    assert all(torch.equal(whole[tower], killed[tower]) for tower in ("text", "vision"))
+    assert torch.equal(whole, killed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupts_are_one_line(number, tmp_path):
-    args = ("--output", tmp_path / "run", "--workers", 2, "--epochs", 500)
-    process = start(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        while "zero-shot novel" not in process.stdout.readline():
-            pass  # the tuning comes next
-        time.sleep(1)
+def test_interrupts_are_one_line(number, few, tmp_path):
+    args = (*few, "--shots", 4, "--epochs", 500, "--output", tmp_path)
+    with start(*args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        wait_for_epochs(process, tmp_path, 1)
         process.send_signal(number)
         error = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
     assert process.returncode == 130
     assert len(error.strip().splitlines()) == 1 and "interrupted" in error
 
 
-def test_runs_at_once_take_different_folders(tmp_path):
-    args = ("--epochs", 1, "--shots", 1, "--reg", "ot")
-    options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    same = [start(*args, "--output", "one", **options) for _ in range(2)]
-    own = [start(*args, **options) for _ in range(2)]
-    try:
-        assert sorted(p.wait(120) for p in same) == [0, 2]
-        assert [p.wait(120) for p in own] == [0, 0]
-    finally:
-        for process in same + own:
-            process.kill()
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"digits", "digits-2"}
+def test_runs_at_once_take_different_folders(tmp_path, monkeypatch):
+    """Eight threads stand for eight processes. Of those that name a folder, one gets it."""
+    monkeypatch.chdir(tmp_path)
+    barrier = threading.Barrier(8)
+
+    def open_folder(output: str | None) -> str:
+        barrier.wait()
+        try:
+            return runs.open_folder(output, data="digits", resume=False).name
+        except ValueError:
+            return "taken"
+
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(open_folder, [None] * 8))
+        assert found == {"digits", *(f"digits-{i}" for i in range(2, 9))}
+        assert sorted(pool.map(open_folder, ["one"] * 8)) == ["one", *["taken"] * 7]
 
 
 @pytest.mark.parametrize("content", ["mine", "{}", '{"settings": {}, "runs": []}', "[" * 10**5])
-def test_other_peoples_files_stay(content, tmp_path, capsys):
+def test_other_peoples_files_stay(content, few, tmp_path, capsys):
     names = ("metrics.json", "log.txt", "results.md", "state.pt")
     for name in names:
         (tmp_path / name).write_text(content)
     for resume in ((), ("--resume",)):
-        expect_error(capsys, tmp_path.name, "--output", tmp_path, *QUICK, *resume)
+        expect_error(capsys, tmp_path.name, *few, "--output", tmp_path, *resume)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(names, content)
 
 
-def test_all_classes_and_other_data_sets(tmp_path, capsys):
-    shutil.copytree(DEMO / "digits", tmp_path / "again")
-    args = ("--classes", "all", "--eval-data", tmp_path / "again", DEMO / "letters")
-    accuracy = run("--output", tmp_path / "run", *QUICK, *args)["runs"][0]["accuracy"]
-    assert list(accuracy) == ["digits", "again", "letters"]
-    assert accuracy["digits"] == accuracy["again"]
+def test_all_classes_and_other_data_sets(few, tmp_path, capsys):
+    """Another data set of the same name goes by its folder."""
+    args = ("--classes", "all", "--eval-data", few[1], DEMO / "letters")
+    accuracy = run(*few, *QUICK, *args, "--output", tmp_path)["runs"][0]["accuracy"]
+    assert list(accuracy) == ["digits", str(few[1]), "letters"]
+    assert accuracy["digits"] == accuracy[str(few[1])]
     assert "average of others" in capsys.readouterr().out
 
 
-def test_overview_of_several_runs(tmp_path):
-    for name in ("digits", "letters"):
-        run("--data", DEMO / name, *MODEL, *QUICK, "--output", tmp_path / name)
-    command = [sys.executable, HERE / "runs.py", tmp_path / "digits", tmp_path / "letters"]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in table.split("\n")[:5]]
-    base, novel, hm = (head.index(f"ot, 4 shots: {column}") for column in ("base", "novel", "HM"))
-    assert [row[1] for row in rows] == ["digits", "letters", "mean"]
-    means = [sum(float(row[column]) for row in rows[:2]) / 2 for column in (base, novel)]
-    assert float(rows[2][novel]) == pytest.approx(means[1], abs=0.01)
-    assert float(rows[2][hm]) == pytest.approx(runs.harmonic_mean(*means), abs=0.02)
-    wrong = subprocess.run([*command, tmp_path], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, wrong.stderr
-
-
-def test_zero_shot_at_the_level_of_chance_is_noted(tmp_path, capsys):
-    names = [folder.name for folder in sorted((DEMO / "digits").iterdir())]
+def test_zero_shot_at_the_level_of_chance_is_noted(few, tmp_path, capsys):
+    names = sorted(path.name for path in few[1].iterdir())
     lines = [f"{name} {other}" for name, other in zip(names, names[3:] + names[:3])]
     (tmp_path / "names.txt").write_text("\n".join(lines))
-    args = ("--data", DEMO / "digits", "--classnames", tmp_path / "names.txt", *MODEL)
-    run(*args, "--classes", "all", "--epochs", 1, "--shots", 1, "--output", tmp_path / "run")
+    args = ("--classnames", tmp_path / "names.txt", "--classes", "all")
+    run(*few, *QUICK, *args, "--output", tmp_path / "run")
     assert "on digits is at the level of chance" in capsys.readouterr().out
 
 
-def test_saved_prompts_are_evaluated_and_predict(tmp_path, capsys):
-    metrics = run("--output", tmp_path / "run", *QUICK)
-    prompts = tmp_path / "run" / NAME / "prompts.pt"
+def test_saved_prompts_are_evaluated_and_predict(finished, tmp_path, capsys):
+    prompts = finished / NAME / "prompts.pt"
     loaded = run("--load", prompts, "--output", tmp_path / "loaded")
-    assert loaded["runs"][0]["accuracy"] == metrics["runs"][0]["accuracy"]
+    assert loaded["runs"][0]["accuracy"] == metrics_in(finished)["runs"][0]["accuracy"]
     other = ("--data", DEMO / "letters", "--classes", "all")
     run("--load", prompts, *other, "--output", tmp_path / "letters")
     capsys.readouterr()
@@ -1456,119 +1325,120 @@ def test_saved_prompts_are_evaluated_and_predict(tmp_path, capsys):
     assert (DEMO / "digits" / row["class"]).is_dir()  # all ten classes, not only the tuned half
     expect_error(capsys, "rows.csv", *predict)
 
-    torch.save(small_clip().state_dict(), tmp_path / "other.pt")
-    expect_error(capsys, "other weights", *predict[:4], "--model", tmp_path / "other.pt")
-    saved, bad = read_tensors(prompts), tmp_path / "bad.pt"
+    bad = tmp_path / "bad.pt"
+    torch.save(small_clip().state_dict(), bad)
+    expect_error(capsys, "other weights", "--load", prompts, "--model", bad)
+    saved = read_tensors(prompts)
     for words, content in (("lam", saved | {"recipe": {"lam": -1}}), ("prompts", {"a": 1})):
         torch.save(content, bad)
-        expect_error(capsys, words, "--load", bad, "--predict", image)
-    bad.write_bytes(prompts.read_bytes()[:1000])
-    expect_error(capsys, "bad.pt", "--load", bad)
-
-
-@pytest.fixture
-def odd_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("mine")
-    shutil.copytree(DEMO / "digits" / "one", tmp_path / "single" / "one")
-    for name in ("one", "two"):
-        shutil.copytree(DEMO / "digits" / name, tmp_path / "broken" / name)
-    for image in (tmp_path / "broken" / "two").iterdir():
-        image.write_text("not an image")
+        expect_error(capsys, words, "--load", bad)
 
 
 @pytest.mark.parametrize(
     "words, args",
     [
         ("nowhere", ("--data", "nowhere")),  # read before the default weights are looked for
-        ("empty", ("--data", "empty", *MODEL)),
-        ("at least two", ("--data", "single", *MODEL)),
         ("cannot read the image", ("--data", "broken", *MODEL)),
         ("cannot read the image", ("--data", "broken", "--workers", "2", *MODEL)),
-        ("ViT-X", ("--model", "ViT-X")),
-        ("file", ("--model", "file")),
-        ("elsewhere", ("--eval-data", "elsewhere")),
-        ("lam must be", ("--lam", "-1")),
-        ("--epsilon: invalid", ("--epsilon", "x")),
-        ("--reg: invalid choice", ("--reg", "wasserstein")),
+        ("lam must be", ("--lam", "nan")),
+        ("epsilon must be", ("--epsilon", "0")),
         ("--predict needs --load", ("--predict", "x.png")),
         ("--device", ("--device", "cuda:99")),
         ("unrecognized arguments: --shot", ("--shot", "4")),
         ("file", ("--output", "file/x")),
-        ("not empty", ("--output", "single")),
+        ("not empty", ("--output", "broken")),
         ("inside --data", ("--data", "broken", "--output", "broken/run", *MODEL)),
-        ("not finite", ("--lr", "1e6", "--reg", "none", "--augment", "none")),
     ],
 )
-def test_bad_input_is_one_line(words, args, odd_folders, capsys, tmp_path):
+def test_bad_input_is_one_line(words, args, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    for image in ("one/a.png", "one/b.png", "two/a.png", "two/b.png"):
+        Path("broken", image).parent.mkdir(parents=True, exist_ok=True)
+        Path("broken", image).write_text("not an image")
     expect_error(capsys, words, *args)
-    assert (tmp_path / "file").read_text() == "mine"
+    assert Path("file").read_text() == "mine"
 
 
-def test_output_on_an_ascii_terminal_and_into_a_closed_pipe(tmp_path):
-    args = ("--epochs", 1, "--shots", 1, "--seed", 1, 2, "--reg", "ot", "--output")
-    ascii_only = {"PYTHONIOENCODING": "ascii"}
-    process = start(*args, tmp_path / "a", stdout=subprocess.PIPE, env=ascii_only)
-    assert r"\xb1" in process.communicate(timeout=120)[0] and process.returncode == 0
+def test_output_on_an_ascii_terminal(few, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run(*few, *QUICK, "--seed", 1, 2, "--output", tmp_path)
+    terminal.flush()
+    assert rb" \xb1 " in terminal.buffer.getvalue()  # the ± in the table
+
+
+def test_output_into_a_closed_pipe(few, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = start(*args, tmp_path / "b", **pipes)
-    process.stdout.close()  # as in `... | head`
-    assert process.wait(120) == 2 and "Traceback" not in process.stderr.read()
+    with start(*few, "--output", tmp_path, **pipes) as process:
+        process.stdout.close()  # as in `... | head`
+        assert process.wait(120) == 2 and "Traceback" not in process.stderr.read()
 
 
-def test_torchrun_gives_the_prompts_of_one_process(tmp_path):
+def test_torchrun_gives_the_prompts_of_one_process(few, tmp_path):
     """Two processes share batches and test images."""
-    args = ["--epochs", "2", "--shots", "4", "--batch-size", "8", "--reg", "ot", "--device", "cpu"]
-    one = run(*args, "--output", tmp_path / "one")
+    args = (*few, *QUICK, "--batch-size", 8, "--device", "cpu", "--output")
+    one = run(*args, tmp_path / "one")
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2)
     port = ("--master-port", 29500 + os.getpid() % 1000)
-    process = start(*args, "--output", tmp_path / "two", python=(*torchrun, *port))
-    try:
+    with start(*args, tmp_path / "two", python=(*torchrun, *port)) as process:
         assert process.wait(120) == 0
-    finally:
-        process.kill()
     first, second = (saved_prompts(tmp_path / name) for name in ("one", "two"))
-    for tower in ("text", "vision"):
-        torch.testing.assert_close(first[tower], second[tower], rtol=1e-4, atol=1e-6)
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+    two = metrics_in(tmp_path / "two")
     assert two["zero_shot"] == one["zero_shot"]
     for name, value in one["runs"][0]["accuracy"].items():
-        assert two["runs"][0]["accuracy"][name] == pytest.approx(value, abs=0.5)
+        assert two["runs"][0]["accuracy"][name] == pytest.approx(value, abs=7)  # one of 15 images
 
 
+# ---- Tables --------------------------------------------------------------------------------------
 def test_results_table():
-    tunings = [
-        {"recipe": {"reg": reg, "shots": 16}, "accuracy": {"base": 90.0 + seed, "novel": 60.0}}
-        for reg in ("none", "ot")
-        for seed in (1, 3)
-    ]
+    """HM is taken for each seed, then averaged. The standard deviation is that of a sample."""
+    recipe = {"reg": "ot", "shots": 16}
+    seeds = [{"recipe": recipe, "accuracy": {"base": base, "novel": 60.0}} for base in (90.0, 94.0)]
     zero_shot = {"base": 50.0, "novel": 50.0}
-    metrics = {"zero_shot": zero_shot, "zero_shot_template": zero_shot, "runs": tunings}
-    lines = runs.results(metrics).split("\n")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert rows[0] == ["accuracy in %", "base", "novel", "HM"]
-    assert rows[2] == ["zero-shot", "50.00", "50.00", "50.00"]
-    assert rows[3][:3] == ["none, 16 shots", "92.00 ± 1.41", "60.00 ± 0.00"]
-    hm = [runs.harmonic_mean(91, 60), runs.harmonic_mean(93, 60)]
-    assert rows[4][3].startswith(f"{sum(hm) / 2:.2f} ±")
+    metrics = {"zero_shot": zero_shot, "zero_shot_template": zero_shot, "runs": seeds}
+    table = runs.results(metrics).split("\n")
+    rows = [[cell.strip() for cell in line.split("|")] for line in table]
+    assert rows[0][1:-1] == ["accuracy in %", "base", "novel", "HM"]
+    assert rows[2][1:-1] == ["zero-shot", "50.00", "50.00", "50.00"]
+    assert rows[3][1:4] == ["ot, 16 shots", "92.00 ± 2.83", "60.00 ± 0.00"]
+    hm = [runs.harmonic_mean(90, 60), runs.harmonic_mean(94, 60)]
+    assert rows[3][4].startswith(f"{sum(hm) / 2:.2f} ±")
+
+
+def test_overview_of_several_runs(finished, tmp_path):
+    """Its HM in the last row is that of the means, as the field reports it."""
+    other = shutil.copytree(finished, tmp_path / "other")
+    metrics = metrics_in(other)
+    metrics["settings"]["data"] = "letters"
+    metrics["runs"][0]["accuracy"] = {"base": 50.0, "novel": 100.0}
+    (other / "metrics.json").write_text(json.dumps(metrics))
+    command = [sys.executable, HERE / "runs.py", finished, other]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in table.split("\n")[:5]]
+    assert [row[1] for row in rows] == ["digits", "letters", "mean"]
+    columns = [head.index(f"ot, 4 shots: {target}") for target in ("base", "novel", "HM")]
+    first, second, mean = ([float(row[column]) for column in columns] for row in rows)
+    assert mean[1] == pytest.approx((first[1] + second[1]) / 2, abs=0.01)
+    assert mean[2] == pytest.approx(runs.harmonic_mean(mean[0], mean[1]), abs=0.01)
+    with pytest.raises((ValueError, OSError), match="metrics.json"):
+        runs.overview([str(tmp_path)])
 
 
 # ---- The README ----------------------------------------------------------------------------------
-IMPORTS = {
-    "promptot": ["clip_model", "weights", "data", "runs"],
-    "clip_model": ["weights"],
-    "data": [],
-}
+IMPORTS = {"promptot": ["clip_model", "weights", "data", "runs"], "clip_model": ["weights"]}
 SNIPPETS = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
 
 
 @pytest.mark.parametrize("snippet", [text.split("```")[0] for text in SNIPPETS])
-def test_snippets_of_the_readme_run_beside_the_files_they_need(snippet, tmp_path):
-    for name in re.findall(r"^from (\w+) import", snippet, re.MULTILINE):
-        for module in [name, *IMPORTS.get(name, [])] if name in IMPORTS else []:
-            shutil.copy(HERE / f"{module}.py", tmp_path)
+def test_snippets_of_the_readme_run_beside_the_files_they_need(snippet, finished, tmp_path):
+    for name in re.findall(r"^(?:from|import) (\w+)", snippet, re.MULTILINE):
+        for module in (name, *IMPORTS.get(name, [])):
+            if (HERE / f"{module}.py").exists():
+                shutil.copy(HERE / f"{module}.py", tmp_path)
     shutil.copy(clip_model.MERGES_FILE, tmp_path)
+    shutil.copy(finished / NAME / "prompts.pt", tmp_path)
     for file in re.findall(r'"(demo/[^"]*)"', snippet):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / file, tmp_path / file)

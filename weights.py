@@ -1,23 +1,20 @@
-"""CLIP weights: finds them, and reads the files of OpenAI, open_clip and transformers.
+"""Finds CLIP weights, and reads the files of OpenAI, open_clip and transformers.
 
-    weights = read_weights(find("ViT-B/16"))     # a published model, from a cache or downloaded
-    weights = read_weights("clip.safetensors")   # a file, or a folder with weights and a config
+    weights = read_weights(find("ViT-B/16"))  # or a file, or a folder with weights and a config
 
-Whatever the layout, `weights.state` has the keys of OpenAI's state dicts. No code in a file is run.
-Weights in several files, quantised weights, single towers and other architectures are refused by
-name. Shapes are not checked here. This file needs torch only and can be copied alone.
+The keys of `weights.state` are OpenAI's, whatever the layout. No code in a file is run. Sharded and
+quantised weights, single towers and other architectures are refused. The file can be copied alone.
 """
 
-import collections
+import collections.abc
+import contextlib
 import json
-import mmap
 import os
 import pickle
 import re
 import socket
 import sys
 import zipfile
-from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -25,9 +22,8 @@ import torch
 from torch import Tensor
 
 # ---- Finding the file: caches, then the Hugging Face hub, then OpenAI ----------------------------
-
-MODELS = {  # name -> SHA-256 of OpenAI's archive; hub repository in the layout of transformers;
-    # hub repository@revision with OpenAI's keys; SHA-256 of its open_clip_model.safetensors
+MODELS = {  # name: SHA-256 of OpenAI's archive, hub repository in the layout of transformers,
+    # hub repository@revision with OpenAI's keys, SHA-256 of its open_clip_model.safetensors
     "ViT-B/32": (
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
         "openai/clip-vit-base-patch32",
@@ -54,13 +50,8 @@ MODELS = {  # name -> SHA-256 of OpenAI's archive; hub repository in the layout 
     ),
 }
 HOSTS = ("https://openaipublic.azureedge.net", "https://openaipublic.blob.core.windows.net")
-FILES = (  # in this order: in timm's repositories, model.safetensors is not a CLIP
-    "open_clip_model.safetensors",
-    "model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin",
-    "*.index.json",  # of weights in several files, which `read_weights` refuses
-)
+# In this order: in timm's repositories, model.safetensors is not a CLIP. An index means shards.
+FILES = ("open_clip_model.safetensors", "model.safetensors", "*pytorch_model.bin", "*.index.json")
 
 
 def find(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Path:
@@ -75,10 +66,8 @@ def find(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None) ->
         found = Path(path) if os.path.exists(path) else _in_hub_cache(name)
         if found:
             return found
-        raise ValueError(
-            f"unknown model {name!r}: not a file or folder, not a repository with weights in the "
-            f"Hugging Face hub's cache, and not one of {', '.join(MODELS)}"
-        )
+        names = ", ".join(MODELS)
+        raise ValueError(f"unknown model {name!r}: no path or cached repository; models: {names}")
     archive_sha256, openai, timm, sha256 = MODELS[name]
     timm, revision = timm.split("@")
     folder = Path(os.path.expanduser(cache_dir or "~/.cache/clip"))
@@ -88,14 +77,12 @@ def find(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None) ->
         return hub_file
     if zipfile.is_zipfile(archive):  # it is not if another program's download was interrupted
         return archive
-    found = _in_hub_cache(timm, FILES[:1]) or _in_hub_cache(openai)
-    if found:
+    if found := _in_hub_cache(timm, FILES[:1]) or _in_hub_cache(openai):
         return found
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     sources = [(f"{hub}/{timm}/resolve/{revision}/{FILES[0]}", hub_file, sha256)]
-    for host in HOSTS:
-        url = f"{host}/clip/models/{archive_sha256}/{archive.name}"
-        sources.append((url, archive, archive_sha256))
+    path = f"clip/models/{archive_sha256}/{archive.name}"
+    sources += [(f"{host}/{path}", archive, archive_sha256) for host in HOSTS]
     return _download(name, sources)
 
 
@@ -104,97 +91,86 @@ def _in_hub_cache(repository: str, files: tuple[str, ...] = FILES) -> Path | Non
     home = env("HF_HOME") or (env("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
     hub = env("HF_HUB_CACHE") or env("HUGGINGFACE_HUB_CACHE") or home + "/hub"
     folder = Path(os.path.expanduser(hub), f"models--{repository.replace('/', '--')}", "snapshots")
-    if not os.path.isdir(folder):  # also where no folder can have such a name
-        return None
-    return next((p for file in files for p in folder.glob(f"*/{file}") if p.is_file()), None)
+    found = [p for file in files for p in sorted(folder.glob(f"*/{file}")) if p.is_file()]
+    return found[0] if found else None
 
 
 def _download(name: str, sources: list[tuple[str, Path, str]]) -> Path:
     """Tries each (URL, target, SHA-256). A target appears once its SHA-256 has been checked."""
-    failures = []
+    message = f"cannot download {name}; if you have its file, use --model PATH"
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without a byte; torch.hub sets none
-    try:
-        for url, path, sha256 in sources:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            print(f"downloading {url} to {path}", file=sys.stderr)
-            try:
-                torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
-                return path
-            except (OSError, HTTPException, RuntimeError, ValueError) as e:
-                failures.append(f"{url.split('/')[2]}: {_one_line(e)}")
-    finally:
-        socket.setdefaulttimeout(timeout)
-    reasons = "; ".join(failures)
-    raise OSError(f"cannot download {name}; if you have its file, use --model PATH ({reasons})")
-
-
-def _one_line(e: Exception) -> str:
-    kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
-    return kind + " ".join(str(e).split())[:300]
+    for url, path, sha256 in sources:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {url} to {path}", file=sys.stderr)
+        socket.setdefaulttimeout(30)  # seconds without a byte; torch.hub sets none
+        try:
+            torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
+            return path
+        except Exception as e:  # of the network, the file system, or a wrong hash
+            message += f"; {url.split('/')[2]}: {e}"
+        finally:
+            socket.setdefaulttimeout(timeout)
+    raise OSError(" ".join(message.split()))  # in one line
 
 
 # ---- File -> tensors -----------------------------------------------------------------------------
-
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
-def read_tensors(path: str | os.PathLike) -> dict:
-    """Reads a dict from a file of safetensors, torch.save or torch.jit.save.
+@contextlib.contextmanager
+def file_errors(path: str | os.PathLike, advice: str = "") -> collections.abc.Iterator[None]:
+    """Turns an error into a ValueError with one line that names the file."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as e:  # files can be wrong in many ways
+        kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+        raise ValueError(f"{path}: {kind}{' '.join(str(e).split())[:300]}{advice}") from e
 
-    Tensors (on the CPU, in the file's dtype), containers and plain values are restored. Any other
-    object becomes a dict of its attributes. Raises ValueError (damaged, no such file) or OSError.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is not a regular file")  # opening a pipe would wait forever
-    with open(path, "rb") as file:
-        try:
-            if file.read(2) != b"PK":  # as every zip file begins
-                return _read_safetensors(file)
+
+def read_tensors(path: str | os.PathLike) -> dict:
+    """Reads what safetensors, torch.save or torch.jit.save wrote. Raises ValueError or OSError."""
+    advice = "; damaged? Save it again or, if it was downloaded, delete it and run again"
+    with open(path, "rb") as file, file_errors(path, advice):
+        start = file.read(24)
+        if start.startswith(b"PK"):  # a zip file
             with zipfile.ZipFile(file) as archive:
                 return {**_Unpickler(archive).load()}
-        except Exception as e:  # damage shows in many ways
-            raise ValueError(
-                f"{path} is damaged or does not hold weights ({_one_line(e)}); if it was "
-                "downloaded, delete it and run again"
-            ) from None
+        length = int.from_bytes(start[:8], "little")
+        if length > 100e6:  # the limit of safetensors
+            raise ValueError(f"neither .safetensors nor of PyTorch 1.6 or newer: {start}...")
+        return _read_safetensors(file, length)
 
 
-def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
-    """8 bytes: length of the header; JSON header: dtype, shape and place of each tensor; data."""
+def _read_safetensors(file: BinaryIO, length: int) -> dict[str, Tensor]:
+    """After 8 bytes, a JSON header of `length` bytes (dtype, shape, place of each tensor); data."""
+    file.seek(8)
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
     state = {}
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
-        start = 8 + int.from_bytes(raw[:8], "little")
-        if start > len(raw):
-            raise ValueError(f"neither .safetensors nor saved by PyTorch >= 1.6: {raw[:24]!r}...")
-        header = json.loads(raw[8:start])
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has dtype {entry['dtype']}, which is not supported")
-            dtype = DTYPES[entry["dtype"]]
-            numbers = torch.frombuffer(bytearray(raw[start + begin : start + end]), dtype=dtype)
-            state[name] = numbers.reshape(entry["shape"])
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        file.seek(8 + length + begin)
+        content = bytearray(file.read(end - begin))
+        numbers = torch.frombuffer(content, dtype=DTYPES[entry["dtype"]])
+        state[name] = numbers.reshape(entry["shape"])
     return state
 
 
 class _Inert(dict):
-    """Stands for anything else that a pickle names: modules, argparse.Namespace, os.system, ...
-
-    Calling it only makes a dict, which then holds the attributes and items of the object.
-    """
+    """A dict of the attributes or items of an object, whose class is not imported."""
 
     __hash__ = object.__hash__  # it may be a key
 
     def __init__(self, *args, **kwargs):
-        super().__init__()
+        pass  # arguments, such as the command of an os.system, are ignored
 
     def __setstate__(self, state: object):
         if isinstance(state, dict):
             self.update(state)
 
-    def append(self, item: object):  # a deque's items, for example
+    def append(self, item: object):  # for the items of a deque
         self[len(self)] = item
 
 
@@ -204,7 +180,9 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile):
         name = next((n for n in archive.namelist() if n.endswith("/data.pkl")), "data.pkl")
         super().__init__(archive.open(name))
-        self.archive, self.folder, self.storages = archive, name.removesuffix(".pkl"), {}
+        self.archive = archive
+        self.folder = name.removesuffix(".pkl")
+        self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> object:
         if name == "_rebuild_tensor_v2":
@@ -222,15 +200,12 @@ class _Unpickler(pickle.Unpickler):
         _, dtype, key, *_ = place
         if key not in self.storages:
             raw = bytearray(self.archive.read(f"{self.folder}/{key}"))
-            numbers = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-            self.storages[key] = numbers
+            self.storages[key] = torch.frombuffer(raw or bytearray(16), dtype=dtype)  # may be empty
         return self.storages[key]
 
 
 # ---- Tensors -> one state dict with OpenAI's keys ------------------------------------------------
-
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-PATCH_EMBEDDINGS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask")
 FROM_TRANSFORMERS = (  # to be replaced in this order
     ("text_projection.weight", "text_projection"),
@@ -249,13 +224,7 @@ FROM_TRANSFORMERS = (  # to be replaced in this order
     (".fc1.", ".c_fc."),
     (".fc2.", ".c_proj."),
 )
-OTHERS = {  # parts of keys that other architectures have
-    "visual.trunk.": "an image tower of timm (EVA, SigLIP, ...)",
-    "visual.attn_pool.": "CoCa",
-    "visual.attnpool.": "a ResNet",
-    "logit_bias": "SigLIP",
-    "text.transformer.embeddings.": "another text tower",
-}
+OTHERS = r"visual\.(trunk|attn_?pool)\.|logit_bias|text\.transformer\.embeddings\."
 
 
 class Weights(NamedTuple):
@@ -275,22 +244,18 @@ def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weig
     activation: "quickgelu" or "gelu", overrides the config.
     Raises ValueError (damaged, another architecture) or OSError (cannot be read).
     """
-    if activation not in (None, "quickgelu", "gelu"):
-        raise ValueError(f"activation {activation!r} is neither 'quickgelu' nor 'gelu'")
     path = Path(path)
     if path.is_dir():
-        files = [found for file in FILES for found in path.glob(file)]
+        files = [found for file in FILES for found in sorted(path.glob(file))]
         if not files:
-            raise ValueError(f"no weights in {path}: it has none of {', '.join(FILES[:4])}")
+            raise ValueError(f"no weights in {path}: it has none of {', '.join(FILES[:3])}")
         path = files[0]
     if re.search(r"index\.json$|-\d{5}-of-\d{5}\.", path.name):
         raise ValueError(f"{path}: sharded; save the model as one file (max_shard_size='99GB')")
     tensors = read_tensors(path)
-    try:
+    with file_errors(path):
         tensors = _select_clip(_flatten(tensors))
         weights = Weights(_openai_keys(tensors), *_settings(path, tensors))
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"{path}: {_one_line(e)}") from None
     return weights._replace(activation=activation, notes=()) if activation else weights
 
 
@@ -309,21 +274,19 @@ def _flatten(tensors: dict, prefix: str = "") -> dict[str, Tensor]:
 
 def _select_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose keys share the CLIP's prefix ("module.", "", ...), without the prefix."""
-    prefixes = [
-        key.removesuffix(end) for key in tensors for end in PATCH_EMBEDDINGS if key.endswith(end)
-    ]
+    ends = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
+    prefixes = [key.removesuffix(end) for key in tensors for end in ends if key.endswith(end)]
     if len(prefixes) > 1:
         raise ValueError(f"several CLIPs, {prefixes}; save the state dict of one to its own file")
     for prefix in prefixes:
         tensors = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    for part, kind in OTHERS.items():
-        if any(part in key for key in tensors):
-            raise ValueError(f"not a CLIP with OpenAI's transformers: {part} belongs to {kind}")
+    for key in tensors:
+        if re.search(OTHERS, key):
+            raise ValueError(f"{key} is of timm, CoCa, SigLIP, a ResNet or another text tower")
     if not prefixes or not any(key.endswith("token_embedding.weight") for key in tensors):
-        found = ", ".join(list(tensors)[:3]) or "no tensors"
         raise ValueError(
-            "not a whole CLIP; of transformers, save a CLIPModel, not its CLIPTextModel or "
-            f"CLIPVisionModel alone (found {found})"
+            f"not a whole CLIP (found {list(tensors)[:3]}); of transformers, save a CLIPModel, not "
+            "its CLIPTextModel or CLIPVisionModel"
         )
     return tensors
 
@@ -352,53 +315,48 @@ def _settings(path: Path, tensors: dict[str, Tensor]) -> tuple:
     """The fields of `Weights` after `state`, from the config beside the file."""
     if "input_resolution" in tensors or re.search(r"timm--\w+\.openai", str(path)):
         return ()  # OpenAI's own file, or timm's copy of it
-    is_transformers = PATCH_EMBEDDINGS[1] in tensors
+    is_transformers = "visual_projection.weight" in tensors
     config = path.with_name("config.json" if is_transformers else "open_clip_config.json")
+    read = _transformers_settings if is_transformers else _open_clip_settings
     if config.is_file():
-        try:
-            read = _transformers_settings if is_transformers else _open_clip_settings
+        with file_errors(config.name):
             return read(config)
-        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
-            raise ValueError(f"{config.name}: {_one_line(e)}") from None
-    width = tensors[PATCH_EMBEDDINGS[is_transformers]].shape[0]
+    width = next(len(t) for key, t in tensors.items() if key.endswith("class_embedding"))
     head_width = 64 if width <= 1024 else width // 16
-    note = (
-        f"no {config.name} beside {path.name}: QuickGELU, heads of width {head_width} and CLIP's "
-        "image mean and std are assumed; if zero-shot accuracy is poor, try --activation gelu"
-    )
+    note = f"no {config.name}: assuming QuickGELU; if accuracy is poor, try --activation gelu"
     return "quickgelu", head_width, MEAN, STD, (note,)
 
 
 def _transformers_settings(file: Path) -> tuple:
     """From config.json, in which defaults may be absent, and preprocessor_config.json."""
     config = json.loads(file.read_bytes())
-    images = file.with_name("preprocessor_config.json")
-    images = json.loads(images.read_bytes()) if images.is_file() else {}
     if config.get("model_type", "clip") != "clip":
-        raise ValueError(f"model_type {config['model_type']!r} is not supported, only 'clip'")
+        raise ValueError(f"model_type {config['model_type']!r} is not supported")
+    text = config.get("text_config", {})
     vision = config.get("vision_config", {})
-    activation = vision.get("hidden_act", "quick_gelu")
-    for tower in (config.get("text_config", {}), vision):
-        found, eps = tower.get("hidden_act", "quick_gelu"), tower.get("layer_norm_eps", 1e-5)
-        if found != activation or found not in ("quick_gelu", "gelu"):
-            raise ValueError(f"hidden_act {activation!r} (image), {found!r} (text): not supported")
-        if eps != 1e-5:
-            raise ValueError(f"layer_norm_eps {eps} is not supported, only 1e-5")
+    activations = [tower.get("hidden_act", "quick_gelu") for tower in (text, vision)]
+    if activations not in (["quick_gelu"] * 2, ["gelu"] * 2):
+        raise ValueError(f"hidden_act {activations} is not supported")
+    for tower in (text, vision):
+        if tower.get("layer_norm_eps", 1e-5) != 1e-5:
+            raise ValueError(f"layer_norm_eps {tower['layer_norm_eps']} is not supported")
+    if text.get("hidden_size", 512) != 64 * text.get("num_attention_heads", 8):
+        raise ValueError("only text towers with heads of width 64 are supported")
     head_width = vision.get("hidden_size", 768) // vision.get("num_attention_heads", 12)
+    file = file.with_name("preprocessor_config.json")
+    images = json.loads(file.read_bytes()) if file.is_file() else {}
     mean, std = images.get("image_mean", MEAN), images.get("image_std", STD)
-    return activation.replace("_", ""), head_width, tuple(mean), tuple(std), ()
+    return activations[0].replace("_", ""), head_width, tuple(mean), tuple(std), ()
 
 
 def _open_clip_settings(file: Path) -> tuple:
     """From open_clip_config.json, in which defaults may be absent."""
     config = json.loads(file.read_bytes())
-    model, images = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+    model = config.get("model_cfg", {})
+    images = config.get("preprocess_cfg", {})
     activation = "quickgelu" if model.get("quick_gelu") else "gelu"
     head_width = model.get("vision_cfg", {}).get("head_width", 64)
     mean, std = images.get("mean", MEAN), images.get("std", STD)
-    note = (
-        f"{file.name} does not set quick_gelu, which means exact GELU; if zero-shot accuracy is "
-        "poor, try --activation quickgelu"
-    )
+    note = "quick_gelu is not set: assuming GELU; if accuracy is poor, try --activation quickgelu"
     notes = () if "quick_gelu" in model else (note,)
     return activation, head_width, tuple(mean), tuple(std), notes
