@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -556,6 +557,10 @@ def test_loader(
     return _loader(Images(items, transform, skip=skip), batches, workers)
 
 
+def _quiet_worker(worker: int) -> None:
+    sys.excepthook = lambda *_: None  # errors are raised in the main process, if that still runs
+
+
 def _loader(images: Images, batches, workers: int) -> DataLoader:
     workers = min(workers, len(batches))
     return DataLoader(
@@ -563,6 +568,7 @@ def _loader(images: Images, batches, workers: int) -> DataLoader:
         batch_sampler=batches,
         collate_fn=_collate,
         num_workers=workers,
+        worker_init_fn=_quiet_worker,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the default would change the state of the global generator

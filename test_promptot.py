@@ -1244,7 +1244,7 @@ def test_killed_runs_resume_to_the_same_bits(few, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupts_are_one_line(number, few, tmp_path):
-    args = (*few, "--shots", 4, "--epochs", 500, "--output", tmp_path)
+    args = (*few, "--shots", 4, "--epochs", 500, "--workers", 2, "--output", tmp_path)
     with start(*args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         wait_for_epochs(process, tmp_path, 1)
         process.send_signal(number)

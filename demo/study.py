@@ -1,6 +1,6 @@
 """When is OT not point-wise matching? Varies batch size and epsilon on the demo's digits.
 
-    python demo/study.py        # 64 rows, about 15 minutes on one core
+    python demo/study.py        # 64 rows, about 18 minutes on one core
 
 With a small epsilon the plan matches each image with itself; with a large one it is uniform. The
 table shows, in %, the plan's mass off the diagonal in the last epoch, accuracy on base and novel
