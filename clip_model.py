@@ -6,7 +6,7 @@
 
 Both encoders take `prompts` (depth, n, width): learned vectors that join the tokens at the input of
 the first `depth` blocks. With `prompts=None` they are plain CLIP, so one copy of the weights serves
-as the tuned model and as its frozen teacher. Not here: ResNet towers, and training CLIP itself.
+as both the tuned model and its frozen teacher. Not here: ResNet towers, and training CLIP itself.
 
 To use it elsewhere, copy this file, `weights.py` and `bpe_simple_vocab_16e6.txt.gz`.
 """
@@ -31,7 +31,7 @@ from weights import MEAN, STD, file_errors, find, read_weights
 
 # ---- Tokenizer: byte-pair encoding of lower-case text --------------------------------------------
 MERGES_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-N_MERGES = 48894  # the file has more; CLIP's vocabulary of 49,408 ends here
+N_MERGES = 48894  # the file has more, which CLIP does not use
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
@@ -63,14 +63,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without SOT and EOT. The text is cleaned up and lower-cased.
 
-        A text cannot contain SOT or EOT: "<|endoftext|>" is read as punctuation and letters.
+        SOT and EOT cannot occur in a text: "<|endoftext|>" is read as punctuation and letters.
         """
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = " ".join(text.split()).lower()
         return [i for word in WORD.findall(text) for i in self.encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
-        """Merges neighbours, the pair with the lowest rank first, until no pair can be merged."""
+        """Merges adjacent symbols, the lowest rank first, until none can be merged."""
         parts = [self.byte_symbol[b] for b in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
@@ -122,11 +122,11 @@ class PackedTexts(NamedTuple):
         return PackedTexts(*(part.to(device) for part in self))
 
 
-SHARED, PADDING = -1, -2  # owners of tokens that belong to no single text
+SHARED, PADDING = -1, -2  # owners of tokens outside any single text
 
 
 def pack(tokens: Tensor, n_prompts: int = 0, length: int = 48) -> PackedTexts:
-    """Packs texts (C, L) into rows of about `length` tokens. Their features stay the same.
+    """Packs texts (C, L) into rows of up to `length` tokens. Their features stay the same.
 
     Attention is causal, so the states of SOT and the prompts do not depend on the rest of the text
     and are computed once per row, and nothing after EOT matters. A row therefore holds SOT, the
@@ -158,7 +158,7 @@ def pack(tokens: Tensor, n_prompts: int = 0, length: int = 48) -> PackedTexts:
 
 
 # ---- The model. Attributes are named as in OpenAI's state dicts. ---------------------------------
-HEAD_WIDTH = 64  # in the text tower of every published CLIP, and in most image towers
+HEAD_WIDTH = 64  # in OpenAI's text towers, and in most image towers
 
 
 class Attention(nn.Module):
@@ -184,7 +184,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation that OpenAI's CLIP was trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x) / 1.702  # the same in one kernel, with half the memory
+        return F.silu(1.702 * x) / 1.702  # the same, but backward needs one tensor, not two
 
 
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
@@ -212,7 +212,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. The encoders loop over them, which shows where prompts enter."""
+    """A stack of blocks without a forward: the encoders loop over it to insert prompts."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
@@ -223,7 +223,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The image tower. Its tokens are a class token, the patches and, after them, prompts."""
+    """The image tower. Its tokens: class token, patches, then prompts."""
 
     def __init__(self, resolution: int, patch_size: int, embed_dim: int, transformer: Transformer):
         super().__init__()
@@ -271,7 +271,7 @@ class CLIP(nn.Module):
         self.activation = activation
         self.head_width = head_width
         self.mean, self.std = mean, std
-        self.notes: tuple[str, ...] = ()  # what `load` had to guess, one line each
+        self.notes: tuple[str, ...] = ()  # guesses made by `load`, one per line
         heads = vision_width // head_width
         mlp_width = vision_mlp_width or 4 * vision_width
         tower = Transformer(vision_width, vision_layers, heads, mlp_width, activation)
@@ -332,14 +332,14 @@ class CLIP(nn.Module):
     def from_state_dict(cls, state: dict[str, Tensor], **options) -> "CLIP":
         """A frozen fp32 model in eval mode. Its sizes are read from the shapes in `state`.
 
-        options: activation, head_width, mean and std, which the tensors do not tell.
+        options: activation, head_width, mean and std, which the tensors do not show.
         Raises KeyError, RuntimeError or ValueError if `state` is not that of such a CLIP.
         """
         width, _, patch, _ = state["visual.conv1.weight"].shape
         patches = len(state["visual.positional_embedding"]) - 1
         text_width, embed_dim = state["text_projection"].shape
         vocab_size = len(state["token_embedding.weight"])
-        with torch.device("meta"):  # allocates nothing, as every parameter is replaced below
+        with torch.device("meta"):  # allocates nothing: every parameter is replaced below
             model = cls(
                 embed_dim=embed_dim,
                 image_resolution=patch * math.isqrt(patches),

@@ -38,11 +38,11 @@ TEMPLATE = "a photo of a {}."
 class Dataset:
     name: str
     classnames: list[str]  # label -> name
-    train: Items = field(repr=False)  # may be empty, for evaluation only
+    train: Items = field(repr=False)  # empty if only for evaluation
     val: Items = field(repr=False)
     test: Items = field(repr=False)
     template: str = TEMPLATE  # for zero-shot classification
-    notes: tuple[str, ...] = ()  # what the user should know about how it was read
+    notes: tuple[str, ...] = ()  # guesses and omissions, one per line
     root: str = ""
 
 
@@ -100,7 +100,7 @@ def load_dataset(
 ) -> Dataset:
     """Reads a benchmark, train/ and test/ with class folders, or class folders, which are split.
 
-    classnames: a text file with lines "folder name". ImageNet's is found by itself.
+    classnames: a text file with lines "folder name". ImageNet's is found automatically.
     template: for zero-shot classification, with {} for the class name.
     Raises OSError or ValueError with one line that says what is wrong.
     """
@@ -162,7 +162,7 @@ def _find_benchmark(path: Path) -> Benchmark | None:
 
 
 # ---- Folders with classes ------------------------------------------------------------------------
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # for EPS, Pillow runs a program
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # no EPS: it runs Ghostscript
 EXTENSIONS = tuple(e for e, name in Image.registered_extensions().items() if name in FORMATS)
 UNREADABLE = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".dng", ".cr2", ".nef", ".arw"}
 HIDDEN = (".", "__")  # systems and tools leave ._a.jpg, __MACOSX, .ipynb_checkpoints
@@ -172,9 +172,9 @@ NOT_CLASSES = {"annotations", "images", "labels", "masks", *(b.folder for b in B
 
 
 class Folder:
-    """What is below a folder, in order and without hidden files.
+    """The contents of a folder, sorted, without hidden files.
 
-    Links to folders are followed, except to a folder that they are in.
+    Links to folders are followed, except to a parent.
     """
 
     def __init__(self, path: PathLike, parents: tuple[str, ...] = ()):
@@ -182,7 +182,7 @@ class Folder:
         self.pictures: list[str] = []  # at any depth
         self.others: list[str] = []  # other files, at any depth
         self.folders: dict[str, Folder] = {}  # sub-folders with pictures
-        self.empty: list[Folder] = []  # sub-folders without
+        self.empty: list[Folder] = []  # sub-folders without pictures
         parents += (os.path.realpath(path),)
         for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
             if entry.name.startswith(HIDDEN):
@@ -226,7 +226,7 @@ def _read_folders(
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
         if benchmark.name != "ImageNet":
-            notes.append(f"there is no test part: test images are those of {parts['test'].path}")
+            notes.append(f"no test folder: testing on {parts['test'].path}")
     found = {}
     for part, inner in parts.items():
         advice = "sort them into class folders, or move this folder away to do without it"
@@ -239,7 +239,7 @@ def _read_folders(
     if folder.others:
         notes.append(f"ignored {len(folder.others)} other files, e.g. {folder.others[0]}")
     if benchmark in BENCHMARKS and benchmark.name not in IMAGENETS:
-        notes.append(f"no {benchmark.split_file}: do not compare with published results")
+        notes.append(f"no {benchmark.split_file}: results are not comparable with published ones")
     if "test" not in found:
         notes.append("split into train, val and test: 50 / 20 / 30 % of each class")
         return list(found["train"]), _split(found["train"])
@@ -271,11 +271,11 @@ def _read_classes(
     common = sorted(set.intersection(*(set(inner.folders) for inner in classes.values())))
     if len(names) > 1 and len(common) > 1 and not names_file:
         first, second = (folder.path / name for name in names[:2])
-        advice = f"choose: --data {first} --eval-data {second}"
+        advice = f"perhaps --data {first} --eval-data {second}"
         if PART_NAMES.keys() >= {name.lower() for name in common}:
             advice = f"expected {folder.path / common[-1] / names[0]}"
         found = f"{', '.join(names[:3])} in {folder.path} all hold {', '.join(common[:3])}"
-        named = f"if {names[0]} is a class, name the classes in a file: --classnames FILE"
+        named = f"if {names[0]} is a class, list the classes in a file: --classnames FILE"
         raise ValueError(f"{found}; {advice}; {named}")
     if folder.empty:
         example = folder.empty[0].path
@@ -286,7 +286,7 @@ def _read_classes(
 
 
 def _split(classes: dict[str, Folder]) -> Splits:
-    """50 / 20 / 30 % of each class, rounded as in CoOp, with the class's name as seed."""
+    """50 / 20 / 30 % of each class, rounded as in CoOp, seeded with the class name."""
     splits: Splits = {part: [] for part in PARTS}
     for label, (name, folder) in enumerate(classes.items()):
         items = [(path, label) for path in folder.pictures]
@@ -305,7 +305,7 @@ def _read_lines(file: PathLike) -> list[str]:
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is not in UTF-8; save it in that encoding") from None
+        raise ValueError(f"{file} is not UTF-8; save it as UTF-8") from None
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -342,7 +342,7 @@ def _read_aircraft(file: Path) -> dict[str, list]:
 
 
 def _class_names(classes: list[str], benchmark: Benchmark, file, notes: list[str]) -> list[str]:
-    """Names the classes by the file, the benchmark or the folders."""
+    """Takes names from the file, else the benchmark, else the folders."""
     matches = [re.fullmatch(r"(?:n\d{8}|\d+)[._-]+([^\W\d_].*)", name) for name in classes]
     names = {match[0]: match[1] for match in matches if match}  # 001.ak47 -> ak47
     if len({name.lower() for name in names.values()}) < len(classes):
@@ -353,7 +353,7 @@ def _class_names(classes: list[str], benchmark: Benchmark, file, notes: list[str
     if benchmark.name == "ImageNetV2":  # its folders are line numbers
         lines = [re.split(r"[\s,]+", line, maxsplit=1)[-1] for line in _read_lines(file)]
         found = {str(number): name for number, name in enumerate(lines)}
-    elif file:  # lines "folder name"; the longest folder that a line begins with counts
+    elif file:  # lines "folder name"; the longest matching folder wins
         folders = "|".join(map(re.escape, sorted(classes, key=len, reverse=True)))
         pattern = re.compile(rf'"?({folders})"?[\s,]+"?(.+?)"?')
         matches = [pattern.fullmatch(line) for line in _read_lines(file)]
@@ -369,9 +369,9 @@ def _class_names(classes: list[str], benchmark: Benchmark, file, notes: list[str
 
 # ---- Protocol: sampling, base and novel classes, evaluation --------------------------------------
 def few_shot(items: Items, shots: int, rng: random.Random) -> Items:
-    """Samples `shots` items per class, or all where there are fewer. 0 means all items.
+    """Samples `shots` items per class, or all if there are fewer. 0 means all items.
 
-    With rng = random.Random(seed), the samples are CoOp's for that seed.
+    With rng = random.Random(seed), this draws CoOp's samples.
     """
     if shots == 0:
         return list(items)
@@ -387,13 +387,13 @@ def few_shot(items: Items, shots: int, rng: random.Random) -> Items:
 def few_shot_source(dataset: Dataset, shots: int, seed: int, classes: str = "base") -> Dataset:
     """Samples training images. As in CoOp, this is done before reduction to the base classes."""
     if not dataset.train:
-        raise ValueError(f"{dataset.root} has no training images; --eval-data can test on it")
+        raise ValueError(f"{dataset.root} has no training images; use it with --eval-data")
     source = replace(dataset, train=few_shot(dataset.train, shots, random.Random(seed)))
     return base_novel(source)[0] if classes == "base" else source
 
 
 def base_novel(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """The first half of the classes (the larger, if odd) and the rest, each labelled from 0."""
+    """The first half of the classes (rounded up) and the rest, each labelled from 0."""
     n = len(dataset.classnames)
     middle = (n + 1) // 2
     halves = []
@@ -456,8 +456,8 @@ def open_image(path: str) -> Image.Image:
         if not os.path.isfile(path):
             raise OSError("not a file")  # opening a pipe would wait forever
         with Image.open(path, formats=FORMATS) as image:
-            if max(image.size) > 100 * min(image.size):  # would be huge after resizing
-                raise ValueError(f"{image.width} x {image.height} pixels are too elongated")
+            if max(image.size) > 100 * min(image.size):  # resizing would make it huge
+                raise ValueError(f"{image.width} x {image.height} pixels: too elongated")
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # Pillow would clip these at 255
                 grey = T.functional.pil_to_tensor(image.convert("F"))  # (1, H, W)
@@ -521,7 +521,7 @@ def _combine_seeds(*numbers: int) -> int:
 class EpochBatches:
     """The batches of one epoch in random order, as lists of (epoch, position of an item).
 
-    A last incomplete batch is dropped. Each of `world` processes gets its share of every batch.
+    The last incomplete batch is dropped. Each of `world` processes gets its share of every batch.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):

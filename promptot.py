@@ -5,7 +5,7 @@ in Vision-Language Model Adaptation", arXiv 2503.08906.
 
 A batch has B images x_i with labels y_i; there are C classes. Frozen CLIP gives image features f0_i
 and text features t0_c. The same weights with learned prompts give f_i and t_c. All features have
-unit length. H is the entropy, and s is CLIP's logit scale.
+unit length. H is the entropy, and s is CLIP's `logit_scale`.
 
     joint features   z_i = [f_i ; t_{y_i}],  z0_j = [f0_j ; t0_{y_j}]              PromptOT.loss
     cost             C_ij = 1/2 ||z_i - z0_j||^2
@@ -15,7 +15,7 @@ unit length. H is the entropy, and s is CLIP's logit scale.
     objective        L = CE(exp(s) f_i . t_c, y) + lambda L_ot                     PromptOT.loss
 
 From the command line to the loss: main -> train -> PromptOT.loss -> ot_loss -> sinkhorn. Not here:
-exact transport, which the released code uses, and checkpoint selection. The last epoch counts.
+exact transport, which the released code uses, and checkpoint selection: the last epoch counts.
 
     python promptot.py                               # the embedded demo, offline
     python promptot.py --data ./eurosat --shots 16   # your own folder, or a benchmark data set
@@ -59,7 +59,7 @@ class Recipe:
     classes: str = setting("base", "classes to tune on; base: the first half", ("base", "all"))
     reg: str = setting("ot", "regulariser; pointwise: identity plan", ("ot", "pointwise", "none"))
     shots: int = setting(16, "training images per class; 0: all")
-    seed: int = setting(1, "random seed of shots, prompts and augmentation")
+    seed: int = setting(1, "random seed for shots, prompts and augmentation")
     modality: str = setting("joint", "features that reg compares", ("joint", "image", "text"))
     lam: float = setting(10.0, "weight lambda of the regulariser")
     epsilon: float = setting(EPSILON, "entropy weight of the transport plan", minimum=1e-4)
@@ -69,7 +69,7 @@ class Recipe:
     epochs: int = setting(40, "epochs of the learning-rate schedule", minimum=1)
     stop_epoch: int = setting(0, "stop after this epoch of the schedule; 0: run all")
     batch_size: int = setting(4, "images per step, over all processes", minimum=1)
-    lr: float = setting(0.005, "learning rate after the first epoch, which runs at 1e-4")
+    lr: float = setting(0.005, "peak learning rate; the first epoch runs at 1e-4")
     precision: str = setting("auto", "auto: bf16 on GPUs that support it", ("auto", "fp32", "bf16"))
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Name of its folder, for example base-ot-16shots-seed1."""
+        """Folder name of the run, for example base-ot-16shots-seed1."""
         return f"{self.classes}-{self.reg}-{self.shots or 'all-'}shots-seed{self.seed}"
 
 
@@ -103,20 +103,21 @@ def sinkhorn(
     a, b: row sums (..., n) and column sums (..., m) of the plan, by default uniform with sum 1.
     Returns the plan (..., n, m), detached. Its column sums are exact. Its row errors add up to at
     most `tol`, or a warning says that `max_iter` was too small. For random costs, 5,000 iterations
-    leave up to 1e-3 if epsilon >= range(cost) / 10,000, but 0.1 or more at range(cost) / 100,000.
+    leave up to 2e-3 at epsilon = range(cost) / 10,000, and often 0.1 at range(cost) / 100,000.
     Raises ValueError if epsilon is not positive or if a and b have different sums.
 
     Sinkhorn's algorithm in the log domain (Cuturi 2013; Peyré and Cuturi 2019, section 4.4).
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon must be positive, not {epsilon}")
-    dtype = torch.float32 if cost.device.type == "mps" else torch.float64  # mps has no fp64
+    # In fp64, since cost / epsilon can be large; mps has only fp32.
+    dtype = torch.float32 if cost.device.type == "mps" else torch.float64
     scaled = cost.to(dtype) / epsilon
     n, m = cost.shape[-2:]
     uniform = a is None and b is None
     a = (scaled.new_full((n,), 1 / n) if a is None else a.to(scaled)).unsqueeze(-1)  # (..., n, 1)
     b = (scaled.new_full((m,), 1 / m) if b is None else b.to(scaled)).unsqueeze(-2)  # (..., 1, m)
-    if not uniform and not torch.allclose(a.sum((-2, -1)), b.sum((-2, -1)), rtol=1e-3):
+    if not uniform and not torch.allclose(a.sum((-2, -1)), b.sum((-2, -1))):
         raise ValueError("a and b must have the same sum")
     g = torch.zeros_like(b)  # f and g are the dual potentials, divided by epsilon
     for _ in range(max_iter):
@@ -128,14 +129,14 @@ def sinkhorn(
             break
     else:
         problem = f"row errors above {tol} after {max_iter} iterations"
-        warnings.warn(f"sinkhorn: {problem}; a larger epsilon needs fewer", stacklevel=3)
+        warnings.warn(f"sinkhorn: {problem}; raise epsilon or max_iter", stacklevel=3)
     return plan.to(torch.promote_types(cost.dtype, torch.float32))
 
 
 def transport_cost(
     image: Tensor, text: Tensor, image0: Tensor, text0: Tensor, modality: str = "joint"
 ) -> Tensor:
-    """C_ij = (1 - cos(f_i, f0_j)) + (1 - cos(t_i, t0_j)), (B, B). Arguments as in `ot_loss`."""
+    """C_ij = (1 - cos(f_i, f0_j)) + (1 - cos(t_i, t0_j)), (B, B), or one of the two terms."""
     image_cost = 1 - image @ image0.T  # (B, B)
     text_cost = 1 - text @ text0.T  # (B, B)
     return {"joint": image_cost + text_cost, "image": image_cost, "text": text_cost}[modality]
@@ -150,7 +151,7 @@ def ot_loss(
     modality: str = "joint",
     pointwise: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Cost <plan, C> of transporting tuned to frozen joint features: (loss, plan (B, B)).
+    """OT loss <plan, C> between tuned and frozen joint features: (loss, plan (B, B)).
 
     image, text: (B, D) unit-length features of the tuned model; row i of text belongs to label y_i.
     image0, text0: the same for the frozen model. modality: "joint", "image" or "text" features.
@@ -177,7 +178,7 @@ class PromptLearner(nn.Module):
     """The trained parameters: `text` and `vision`, each (depth, n_ctx, width of the tower).
 
     Text prompts of the first layer start from the embeddings of "a photo of a", all others from
-    N(0, 0.02^2). `depth` is limited to the tower's layers. 61,440 parameters for ViT-B/16.
+    N(0, 0.02^2). `depth` is capped at the tower's layers. 61,440 parameters for ViT-B/16.
     """
 
     def __init__(self, clip: CLIP, n_ctx: int, depth: int):
@@ -193,7 +194,7 @@ class PromptLearner(nn.Module):
 class PromptOT(nn.Module):
     """CLIP with learned prompts, and the same weights without prompts as the frozen teacher.
 
-    clip: as returned by `load`, on the device to use. recipe: n_ctx, depth and precision are used.
+    clip: as returned by `load`, on the device to use. recipe: only n_ctx, depth, precision count.
     The towers compute in that precision; prompts, features and losses are fp32.
     """
 
@@ -208,13 +209,13 @@ class PromptOT(nn.Module):
         self.set_classes(classnames)
 
     def set_classes(self, classnames: list[str]) -> "PromptOT":
-        """Sets the classes and encodes their names with frozen CLIP. The prompts stay the same."""
+        """Sets the classes and encodes their names with frozen CLIP. Keeps the prompts."""
         self.classnames = list(classnames)
         n_ctx = self.prompts.text.shape[1]
-        # Prompts take the places of the four tokens "a photo of a". More prompts need more places.
+        # Prompts overwrite the first n_ctx tokens after SOT: "a photo of a", then words "x".
         template = TEMPLATE.replace(" {}", " x" * max(0, n_ctx - 4) + " {}")
         tokens = tokenize([template.replace("{}", n) for n in classnames], self.clip.context_length)
-        self.texts = pack(tokens, n_ctx).to(self.prompts.text.device)
+        self.texts = pack(tokens, n_ctx).to(self.prompts.text.device)  # faster, same features
         self.text0 = self.frozen_text_features()  # (C, D)
         return self
 
@@ -229,7 +230,7 @@ class PromptOT(nn.Module):
             return unit(self.clip.encode_text(self.texts, self.prompts.text))
 
     def frozen_text_features(self, template: str = TEMPLATE) -> Tensor:
-        """t0 (C, D) of the classes, which makes a zero-shot classifier."""
+        """t0 (C, D) of the classes, the weights of a zero-shot classifier."""
         texts = [template.replace("{}", name) for name in self.classnames]
         with self.autocast():
             return unit(self.clip.encode_text(tokenize(texts, self.clip.context_length)))
@@ -253,18 +254,19 @@ class PromptOT(nn.Module):
             zero = torch.zeros_like(ce)
             return ce, {"ce": ce.detach(), "ot": zero, "off_diagonal": zero, "plan": None}
 
+        # The frozen features are not cached, since augmentation changes images in every epoch.
         image0 = runs.gather(self.image_features(images, tuned=False))  # f0 (B, D)
         z = image, text[labels]  # the two halves of the joint features, (B, D) each
         z0 = image0, self.text0[labels]
         ot, plan = ot_loss(*z, *z0, recipe.epsilon, recipe.modality, recipe.reg == "pointwise")
-        off_diagonal = 1 - plan.diagonal().sum() / plan.sum()
+        off_diagonal = 1 - plan.trace() / plan.sum()
         parts = {"ce": ce.detach(), "ot": ot.detach(), "off_diagonal": off_diagonal, "plan": plan}
         return ce + recipe.lam * ot, parts
 
 
 # ---- Training, evaluation, main ------------------------------------------------------------------
 def learning_rate(epoch: int, recipe: Recipe = Recipe()) -> float:
-    """As in CoOp and its successors: 1e-4 in epoch 0, whatever lr is, then a cosine from lr."""
+    """CoOp's schedule: 1e-4 in epoch 0, whatever lr is, then a cosine from lr to almost 0."""
     if epoch == 0:
         return 1e-4
     return recipe.lr * (1 + math.cos(math.pi * (epoch - 1) / recipe.epochs)) / 2
@@ -290,7 +292,7 @@ def train(
     first_epoch = record.begin(epochs, len(loader), model.prompts, sgd)  # above 0 if resumed
     for epoch in range(first_epoch, epochs):
         sgd.param_groups[0]["lr"] = learning_rate(epoch, recipe)
-        loader.batch_sampler.epoch = epoch  # shuffles anew
+        loader.batch_sampler.epoch = epoch  # reshuffles
         for images, labels in loader:
             loss, parts = model.loss(images.to(device), labels.to(device), recipe)
             sgd.zero_grad()
@@ -312,7 +314,7 @@ def encode(
     batches = data.test_loader(items, transform, batch_size=64, workers=workers, skip=skip)
     start = time.perf_counter()
     for number, (images, labels) in enumerate(batches, start=1):
-        if len(labels):  # none if all images of the batch are unreadable
+        if len(labels):  # empty if no image was readable
             yield model.image_features(images.to(device), tuned), labels.to(device)
         runs.progress(f"batch {number} of {len(batches)}", number, len(batches), start)
     runs.clear_line()
@@ -324,7 +326,7 @@ def correct(
 ) -> Tensor:
     """Counts correct test predictions per class (T, C), for T sets of text features (T, C, D)."""
     counts = texts.new_zeros(texts.shape[:2])
-    share = dataset.test[runs.rank() :: runs.world_size()]  # of this process
+    share = dataset.test[runs.rank() :: runs.world_size()]  # this process's share
     for image, labels in encode(model, share, tuned, workers):
         hits = (texts @ image.T).argmax(dim=1) == labels  # (T, C, B) -> (T, B)
         counts.index_add_(1, labels, hits.to(counts))
@@ -356,13 +358,13 @@ def main(argv: list[str] | None = None) -> None:
         run.note_chance(targets)
         for recipe in recipes:
             record = run.record(recipe.name)
-            if record is None:  # finished before
+            if record is None:  # already finished
                 continue
             if args.load:
                 model = load_prompts(args.load, clip, recipe.precision)
             else:
                 source = data.few_shot_source(dataset, recipe.shots, recipe.seed, recipe.classes)
-                torch.manual_seed(recipe.seed)  # prompts start from random numbers
+                torch.manual_seed(recipe.seed)  # prompts are initialised randomly
                 model = PromptOT(clip, source.classnames, recipe)
                 train(model, source.train, recipe, record, args.workers)
                 if runs.rank() == 0:
@@ -381,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
 def save_tuning(
     folder: Path, model: PromptOT, items: Items, recipe: Recipe, history: list, flags: dict
 ) -> None:
-    """Saves prompts.pt with all that is needed to use them again, curves.png and plan.png."""
+    """Saves prompts.pt with everything needed to reuse them, curves.png and plan.png."""
     prompts = {name: tensor.cpu() for name, tensor in model.prompts.state_dict().items()}
     content = {"prompts": prompts, "classnames": model.classnames, "recipe": asdict(recipe)}
     content["flags"] = {name: flags[name] for name in SAVED_FLAGS}
@@ -391,7 +393,7 @@ def save_tuning(
 
 
 def read_prompts(path: str | Path) -> dict:
-    """Reads a prompts.pt. The recipe becomes a Recipe again. ValueError if it is another file."""
+    """Reads a prompts.pt. The recipe becomes a Recipe again. ValueError for any other file."""
     saved = read_tensors(path)
     try:
         content = {name: saved[name] for name in ("prompts", "classnames")}
@@ -402,10 +404,10 @@ def read_prompts(path: str | Path) -> dict:
 
 
 def load_prompts(path: str | Path, clip: CLIP, precision: str = "auto") -> PromptOT:
-    """The tuned model with its classes. ValueError if the prompts are for other weights."""
+    """The tuned model with its classes. ValueError if the weights are others."""
     saved = read_prompts(path)
     if saved["flags"]["fingerprint"] != fingerprint(clip):
-        raise ValueError(f"{path} was tuned for other weights: {saved['flags']['model']}")
+        raise ValueError(f"{path} was tuned on other weights: {saved['flags']['model']}")
     model = PromptOT(clip, saved["classnames"], replace(saved["recipe"], precision=precision))
     model.prompts.load_state_dict(saved["prompts"])
     return model
@@ -432,7 +434,7 @@ def classify(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def plan_of(model: PromptOT, items: Items, recipe: Recipe) -> tuple[Tensor, Tensor, list]:
     """Joint cost and plan (B, B) for up to twelve of the images, and these images."""
-    items = items[:: math.ceil(len(items) / 12)]  # evenly spaced, as items are sorted by class
+    items = items[:: math.ceil(len(items) / 12)]  # evenly spaced, since items are grouped by class
     [(image, labels)] = encode(model, items)  # a single batch
     [(image0, _)] = encode(model, items, tuned=False)
     cost = transport_cost(image, model.text_features()[labels], image0, model.text0[labels])
@@ -446,20 +448,20 @@ SAVED_FLAGS = ("data", "classnames", "template", "model", "activation", "names",
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags in groups. One that is not given is None."""
+    """Command-line flags. Those not given are None."""
 
     def __init__(self):
         title = __doc__.splitlines()[0]
         super().__init__(usage="%(prog)s [flags]", description=title, allow_abbrev=False)
         path = {"type": runs.full_path, "metavar": "PATH"}
         add = self.add_argument_group("data").add_argument
-        add("--data", **path, help="folder of class folders, or a benchmark (default: the demo)")
+        add("--data", **path, help="folder of images, or a benchmark (default: the demo)")
         add("--eval-data", **path, nargs="+", help="also evaluate on these data sets")
         add("--classnames", **path, help="file with a line 'folder name' per class of --data")
         add("--template", help="zero-shot template for --data, such as 'an aerial photo of {}.'")
         add = self.add_argument_group("model").add_argument
         add("--model", **path, help="name or path of CLIP weights (default: ViT-B/16)")
-        add("--activation", choices=("quickgelu", "gelu"), help="for weights without a config file")
+        add("--activation", choices=("quickgelu", "gelu"), help="overrides the weights' config")
         add = self.add_argument_group("tuning").add_argument
         for f in fields(Recipe):
             flag = "--" + f.name.replace("_", "-")
@@ -475,16 +477,16 @@ class Parser(argparse.ArgumentParser):
         add("--workers", type=int, metavar="INT", help="image loaders (default: 8 with a GPU)")
         add = self.add_argument_group("saved prompts").add_argument
         add("--load", metavar="FILE", help="evaluate these prompts instead of tuning")
-        add("--predict", nargs="+", metavar="PATH", help="classify images or folders with --load")
+        add("--predict", nargs="+", metavar="PATH", help="classify images or folders; needs --load")
         add("--csv", metavar="FILE", help="file for the predictions (default: print them)")
-        add("--names", nargs="+", metavar="NAME", help="class names for --predict (default: all)")
+        add("--names", nargs="+", metavar="NAME", help="classes for --predict (default: all)")
 
     def error(self, message: str):  # one line, without argparse's usage
         raise ValueError(f"{message} (see --help)")
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[Recipe]]:
-    """All flags, and a recipe for each combination of the SWEEP flags."""
+    """All flags, and a recipe for each combination of the flags in SWEEP."""
     flags = vars(Parser().parse_args(argv))
     given = {name: value for name, value in flags.items() if value is not None}
     flags |= asdict(Recipe()) | {"model": "ViT-B/16", "eval_data": [], "device": "auto"}
@@ -498,7 +500,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[Recipe]
         flags |= {"augment": "gentle", "reg": ["none", "ot"]}
     args = argparse.Namespace(**flags | given)
     if args.predict and not args.load:
-        raise ValueError("--predict needs --load FILE, with prompts that a run has saved")
+        raise ValueError("--predict needs --load FILE, the prompts of a run")
     args.device = runs.usable_device(args.device)
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)

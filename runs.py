@@ -1,6 +1,6 @@
 """A run: its folder and progress, its tables and pictures, its device and processes.
 
-It knows nothing about the method: it stores named numbers and tensors. Several runs in one table:
+It does not import the method. To show several runs in one table:
 
     python runs.py runs/caltech-101 runs/eurosat runs/dtd
 """
@@ -43,7 +43,7 @@ CHANCE = """note    zero-shot accuracy on {} is at the level of chance. If CLIP 
 class Run:
     """A folder with log.txt, metrics.json, results.md, and a sub-folder for each tuning.
 
-    settings: all that the results depend on. Only those in `sweep` may differ when a run is
+    settings: everything that the results depend on. Only those in `sweep` may differ when a run is
     resumed. Raises ValueError if the folder cannot be used.
 
     metrics.json: settings; versions; zero_shot and zero_shot_template (target -> accuracy in % with
@@ -65,7 +65,7 @@ class Run:
             for name, old in self.metrics["settings"].items():
                 if settings.get(name) != old:
                     new = settings.get(name)
-                    raise ValueError(f"cannot resume {self.folder}: {name} was {old}, is {new}")
+                    raise ValueError(f"cannot resume {self.folder}: {name} was {old}, is now {new}")
         self.save()
 
     def log(self, text: str) -> None:
@@ -125,11 +125,11 @@ class Run:
 def open_folder(folder: str | None, data: str, resume: bool) -> Path:
     """Takes a new or empty folder, or finds the run to resume. Default: runs/DATA, runs/DATA-2, ...
 
-    Of several runs that start at once, the one that creates log.txt has the folder.
+    Of several runs that start at once, the one that creates log.txt gets the folder.
     """
     base = Path(folder or Path("runs") / Path(data).name)
     if Path(data).resolve() in base.resolve().parents:
-        raise ValueError(f"the results would be in {base}, inside --data: choose another --output")
+        raise ValueError(f"the results, {base}, would be inside --data: choose another --output")
     numbered = (base.with_name(f"{base.name}-{i}") for i in itertools.count(2))
     candidates = [base] if folder else itertools.chain([base], numbered)
     if resume:
@@ -137,7 +137,7 @@ def open_folder(folder: str | None, data: str, resume: bool) -> Path:
         if (candidates[0] / "metrics.json").exists():
             return candidates[0]
     for path in candidates:
-        with contextlib.suppress(FileExistsError):  # a file, or another run was faster
+        with contextlib.suppress(FileExistsError):  # a file, or taken by another run
             path.mkdir(parents=True, exist_ok=True)
             if not any(path.iterdir()):
                 open(path / "log.txt", "x").close()
@@ -146,7 +146,7 @@ def open_folder(folder: str | None, data: str, resume: bool) -> Path:
 
 
 def read_metrics(folder: Path) -> dict:
-    """Reads the metrics.json of a run. ValueError if it is damaged or something else."""
+    """Reads the metrics.json of a run. ValueError if it is damaged or foreign."""
     file = folder / "metrics.json"
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
@@ -193,7 +193,9 @@ class Record:
         epoch = len(self.history) + 1
         means = dict(zip(self.names, torch.stack(self.parts).mean(dim=0).tolist()))
         if not all(map(math.isfinite, means.values())):
-            raise ValueError(f"the loss is not finite in epoch {epoch}: try a lower --lr")
+            raise ValueError(
+                f"the loss is not finite in epoch {epoch}: try a lower --lr or --precision fp32"
+            )
         text = " ".join(f"{k.replace('_', '-')} {mean:.4f}" for k, mean in means.items())
         rate = self.done / (time.perf_counter() - self.start)
         text = f"{epoch}/{self.epochs} {text} {rate:.1f} steps/s"
@@ -212,14 +214,14 @@ class Record:
 
 
 def save_tensors(content: dict, path: Path) -> None:
-    """Saves with torch.save, all or nothing."""
+    """torch.save, but atomic."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getvalue())
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes another file, then renames it, so that a killed process leaves the old file whole."""
+    """Writes to a temporary file, then renames it, so that a killed process leaves the old one."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     part.replace(path)
@@ -230,20 +232,20 @@ def write_file(path: Path, content: bytes) -> None:
 def one_line_errors() -> Iterator[None]:
     """Ends the program with one line on stderr: exit status 2 for errors, 130 if interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it is closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may not know every character
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except BrokenPipeError:  # the reader has gone, as in `... | head`
+    except BrokenPipeError:  # the reader has quit, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
         if sys.flags.dev_mode:  # python -X dev
             raise
         text = str(e).strip() or type(e).__name__
-        if text.startswith("Caught ") and "DataLoader worker" in text:  # with a whole traceback
+        if text.startswith("Caught ") and "DataLoader worker" in text:  # includes a traceback
             text = text.splitlines()[-1].partition(": ")[2]
         print(f"error: {' '.join(text.split())[:500]}", file=sys.stderr)
         sys.exit(2)
@@ -256,7 +258,7 @@ _printed = 0.0  # when `progress` last printed a line
 
 
 def progress(text: str, done: int, total: int, start: float) -> str:
-    """Shows how far the work is that began at `start` (time.perf_counter). Returns the line.
+    """Shows the progress of work begun at `start` (time.perf_counter). Returns the line.
 
     On a terminal, the line is rewritten. Elsewhere, one is printed every 30 seconds.
     """
@@ -279,7 +281,7 @@ def clear_line() -> None:
 
 
 def describe(dataset, targets: dict, model: nn.Module, recipes: list) -> str:
-    """What the run works on, in a few lines, with a note on everything that was guessed."""
+    """Describes data, targets and model, with a note for each guess."""
     parts = [f"{len(getattr(dataset, part))} {part}" for part in ("train", "val", "test")]
     lines = [f"data    {dataset.name}: {', '.join(parts)} images"]
     notes = [*model.clip.notes, *dataset.notes]
@@ -293,17 +295,12 @@ def describe(dataset, targets: dict, model: nn.Module, recipes: list) -> str:
     sizes = f"{frozen:.1f} M frozen parameters, {trained:,} trained"
     lines.append(f"model   {sizes}, on {model.text0.device}")
     if recipes[0].classes == "base":
-        notes.append("tuned on the first half of the classes; --classes all: on all of them")
+        notes.append("base is the first half of the classes; --classes all: tune on all of them")
     shots = max(recipe.shots for recipe in recipes)
     images = collections.Counter(dataset.classnames[label] for _, label in dataset.train)
     if few := [name for name in images if images[name] < shots]:
         notes.append(f"{len(few)} classes have fewer than {shots} training images, e.g. {few[0]}")
     return "\n".join(lines + [f"note    {note}" for note in dict.fromkeys(notes)]) + "\n"
-
-
-def harmonic_mean(base: float, novel: float) -> float:
-    """HM = 2 b n / (b + n); 0 if both are 0."""
-    return 2 * base * novel / (base + novel) if base + novel else 0.0
 
 
 def methods(metrics: dict) -> dict[str, list[dict[str, float]]]:
@@ -317,7 +314,7 @@ def methods(metrics: dict) -> dict[str, list[dict[str, float]]]:
 
 
 def own_targets(accuracy: dict[str, float]) -> list[str]:
-    """The targets from the data set of the run: base and novel, or all of it."""
+    """The targets in the run's own data set: base and novel, or all of it."""
     targets = list(accuracy)
     return targets[:2] if targets[:2] == ["base", "novel"] else targets[:1]
 
@@ -327,7 +324,7 @@ def with_summary(accuracy: dict[str, float]) -> dict[str, float]:
     summary = {target: accuracy[target] for target in own_targets(accuracy)}
     others = {target: value for target, value in accuracy.items() if target not in summary}
     if len(summary) == 2:
-        summary["HM"] = harmonic_mean(*summary.values())
+        summary["HM"] = statistics.harmonic_mean(summary.values())
     if len(others) > 1:
         others["average of others"] = statistics.mean(others.values())
     return summary | others
@@ -345,7 +342,7 @@ def results(metrics: dict) -> str:
             std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{std}")
         rows.append(cells)
-    if rows[1][1:] == rows[2][1:]:  # the data set's own template is the common one
+    if rows[1][1:] == rows[2][1:]:  # the data set's template is the common one
         del rows[2]
     return markdown(rows)
 
@@ -363,7 +360,7 @@ def per_class(metrics: dict) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Rows of cells, of which the first is the head, as a Markdown table with aligned columns."""
+    """Rows of cells, the first being the header, as a Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
     lines = []
@@ -376,7 +373,7 @@ def markdown(rows: list[list[str]]) -> str:
 def overview(folders: list[str]) -> str:
     """A Markdown table over runs: a row for each data set, then their mean. Means over seeds."""
     if not folders:
-        raise ValueError("name the folders of runs: python runs.py runs/A runs/B ...")
+        raise ValueError("usage: python runs.py runs/A runs/B ...")
     table: dict[str, dict[str, dict]] = {}  # data set -> method -> target -> %
     for folder in folders:
         metrics = read_metrics(Path(folder))
@@ -426,7 +423,7 @@ def predictions(found: Iterable, paths: list[str], names: list[str], file: str |
 def plan_picture(cost: Tensor, plan: Tensor, images: list[Image.Image], path: Path) -> None:
     """Draws the cost (B, B), left, and the plan (B, B), right, of B images; dark is high.
 
-    The images stand on the left for the tuned model and on top for the frozen one.
+    Rows: tuned model. Columns: frozen model.
     """
     tiles = [TF.to_tensor(ImageOps.fit(image, (40, 40))) for image in images]  # (3, 40, 40) each
     panels = []
@@ -440,7 +437,7 @@ def plan_picture(cost: Tensor, plan: Tensor, images: list[Image.Image], path: Pa
 
 
 def curves(history: list[dict[str, float]], path: Path) -> None:
-    """Draws the mean of each number per epoch, in a panel from 0 to its maximum."""
+    """Draws the mean of each number per epoch, in its own panel from 0 to its maximum."""
     width, height = 640, 150
     picture = Image.new("RGB", (width, height * len(history[0])), "white")
     draw = ImageDraw.Draw(picture)
@@ -458,7 +455,7 @@ def curves(history: list[dict[str, float]], path: Path) -> None:
 
 # ---- Paths, device, processes started by torchrun ------------------------------------------------
 def full_path(path: str) -> str:
-    """The absolute path, or the same text if there is no such file, as for the name ViT-B/16."""
+    """The absolute path, or the text itself if there is no such file, as for ViT-B/16."""
     full = os.path.abspath(os.path.expanduser(path))
     return full if os.path.exists(full) else path
 
@@ -477,14 +474,14 @@ def usable_device(name: str) -> str:
 
 
 def set_threads(model: nn.Module) -> None:
-    """Uses one thread for a tiny model on a CPU, where several mostly wait for each other."""
+    """Uses one thread for a tiny model on a CPU, where more would mostly wait for each other."""
     if sum(p.numel() for p in model.parameters()) < 2e7 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Joins the processes that torchrun has started, if it has, and leaves them at the end."""
+    """Joins the processes started by torchrun, if any, and leaves them at the end."""
     if "LOCAL_RANK" in os.environ:
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
@@ -505,7 +502,7 @@ def world_size() -> int:
 
 
 def add_up(x: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """Sums x over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
@@ -526,15 +523,15 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows of all processes, with gradients."""
+    """The rows of all processes; differentiable."""
     return Gather.apply(x) if world_size() > 1 else x
 
 
 def average_gradients(module: nn.Module) -> None:
     """Averages gradients over the P processes.
 
-    Every process computes the loss of the whole batch, so its text prompts have the full gradient.
-    The backward pass of `gather` adds up P such losses, so its vision prompts have P times the
+    Every process computes the loss of the whole batch, so its text prompts get the full gradient.
+    The backward pass of `gather` adds up P such losses, so its vision prompts get P times the
     gradient of its own images. The mean over processes is the full gradient in both cases.
     """
     if world_size() > 1:
@@ -544,4 +541,4 @@ def average_gradients(module: nn.Module) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        print(overview(sys.argv[1:]), "Every HM is that of the two means in its row.", sep="\n\n")
+        print(overview(sys.argv[1:]), "HM is computed from the means in its row.", sep="\n\n")

@@ -50,7 +50,7 @@ MODELS = {  # name: SHA-256 of OpenAI's archive, hub repository in the layout of
     ),
 }
 HOSTS = ("https://openaipublic.azureedge.net", "https://openaipublic.blob.core.windows.net")
-# In this order: in timm's repositories, model.safetensors is not a CLIP. An index means shards.
+# Order matters: timm's model.safetensors is not a whole CLIP. An index means shards.
 FILES = ("open_clip_model.safetensors", "model.safetensors", "*pytorch_model.bin", "*.index.json")
 
 
@@ -67,7 +67,9 @@ def find(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None) ->
         if found:
             return found
         names = ", ".join(MODELS)
-        raise ValueError(f"unknown model {name!r}: no path or cached repository; models: {names}")
+        raise ValueError(
+            f"unknown model {name!r}: neither a path, nor a cached repository, nor one of {names}"
+        )
     archive_sha256, openai, timm, sha256 = MODELS[name]
     timm, revision = timm.split("@")
     folder = Path(os.path.expanduser(cache_dir or "~/.cache/clip"))
@@ -75,7 +77,7 @@ def find(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None) ->
     archive = folder / f"{name.replace('/', '-').replace('@', '-')}.pt"
     if hub_file.is_file():
         return hub_file
-    if zipfile.is_zipfile(archive):  # it is not if another program's download was interrupted
+    if zipfile.is_zipfile(archive):  # false for an interrupted download
         return archive
     if found := _in_hub_cache(timm, FILES[:1]) or _in_hub_cache(openai):
         return found
@@ -96,21 +98,21 @@ def _in_hub_cache(repository: str, files: tuple[str, ...] = FILES) -> Path | Non
 
 
 def _download(name: str, sources: list[tuple[str, Path, str]]) -> Path:
-    """Tries each (URL, target, SHA-256). A target appears once its SHA-256 has been checked."""
+    """Tries each (URL, target, SHA-256). A file is kept only if its SHA-256 matches."""
     message = f"cannot download {name}; if you have its file, use --model PATH"
     timeout = socket.getdefaulttimeout()
     for url, path, sha256 in sources:
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {url} to {path}", file=sys.stderr)
-        socket.setdefaulttimeout(30)  # seconds without a byte; torch.hub sets none
+        socket.setdefaulttimeout(30)  # seconds without data; torch.hub sets no time-out
         try:
             torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
             return path
-        except Exception as e:  # of the network, the file system, or a wrong hash
+        except Exception as e:  # network, file system or wrong hash
             message += f"; {url.split('/')[2]}: {e}"
         finally:
             socket.setdefaulttimeout(timeout)
-    raise OSError(" ".join(message.split()))  # in one line
+    raise OSError(" ".join(message.split()))  # on one line
 
 
 # ---- File -> tensors -----------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def file_errors(path: str | os.PathLike, advice: str = "") -> collections.abc.It
 
 def read_tensors(path: str | os.PathLike) -> dict:
     """Reads what safetensors, torch.save or torch.jit.save wrote. Raises ValueError or OSError."""
-    advice = "; damaged? Save it again or, if it was downloaded, delete it and run again"
+    advice = "; if it was downloaded, delete it and run again; else save it again"
     with open(path, "rb") as file, file_errors(path, advice):
         start = file.read(24)
         if start.startswith(b"PK"):  # a zip file
@@ -139,7 +141,7 @@ def read_tensors(path: str | os.PathLike) -> dict:
                 return {**_Unpickler(archive).load()}
         length = int.from_bytes(start[:8], "little")
         if length > 100e6:  # the limit of safetensors
-            raise ValueError(f"neither .safetensors nor of PyTorch 1.6 or newer: {start}...")
+            raise ValueError(f"neither safetensors nor a file of PyTorch 1.6 or newer: {start}...")
         return _read_safetensors(file, length)
 
 
@@ -159,9 +161,9 @@ def _read_safetensors(file: BinaryIO, length: int) -> dict[str, Tensor]:
 
 
 class _Inert(dict):
-    """A dict of the attributes or items of an object, whose class is not imported."""
+    """Stands in for any object: a dict of its attributes or items."""
 
-    __hash__ = object.__hash__  # it may be a key
+    __hash__ = object.__hash__  # it may be a dict key
 
     def __init__(self, *args, **kwargs):
         pass  # arguments, such as the command of an os.system, are ignored
@@ -175,7 +177,7 @@ class _Inert(dict):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the pickle in an archive of PyTorch. Names in it are looked up here, never imported."""
+    """Reads the pickle in a PyTorch archive. Names in it are resolved here, never imported."""
 
     def __init__(self, archive: zipfile.ZipFile):
         name = next((n for n in archive.namelist() if n.endswith("/data.pkl")), "data.pkl")
@@ -200,14 +202,14 @@ class _Unpickler(pickle.Unpickler):
         _, dtype, key, *_ = place
         if key not in self.storages:
             raw = bytearray(self.archive.read(f"{self.folder}/{key}"))
-            self.storages[key] = torch.frombuffer(raw or bytearray(16), dtype=dtype)  # may be empty
+            self.storages[key] = torch.frombuffer(raw or bytearray(16), dtype=dtype)  # not empty
         return self.storages[key]
 
 
 # ---- Tensors -> one state dict with OpenAI's keys ------------------------------------------------
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask")
-FROM_TRANSFORMERS = (  # to be replaced in this order
+FROM_TRANSFORMERS = (  # applied in this order
     ("text_projection.weight", "text_projection"),
     ("visual_projection.weight", "visual.proj"),
     ("vision_model.", "visual."),
@@ -228,14 +230,14 @@ OTHERS = r"visual\.(trunk|attn_?pool)\.|logit_bias|text\.transformer\.embeddings
 
 
 class Weights(NamedTuple):
-    """The tensors of a CLIP, and the settings that they do not tell."""
+    """The tensors of a CLIP, and the settings that they do not show."""
 
     state: dict[str, Tensor]  # OpenAI's keys; finite, in the file's floating-point dtype
     activation: str = "quickgelu"  # or "gelu"
     head_width: int = 64  # of the image tower; in the text tower it is always 64
-    mean: tuple[float, ...] = MEAN  # of the image tower's normalisation, per channel
+    mean: tuple[float, ...] = MEAN  # image normalisation, per channel
     std: tuple[float, ...] = STD
-    notes: tuple[str, ...] = ()  # what had to be guessed, one line each
+    notes: tuple[str, ...] = ()  # guesses, one per line
 
 
 def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weights:
@@ -282,11 +284,11 @@ def _select_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
     for key in tensors:
         if re.search(OTHERS, key):
-            raise ValueError(f"{key} is of timm, CoCa, SigLIP, a ResNet or another text tower")
+            raise ValueError(f"{key} is not supported: timm, CoCa, SigLIP, ResNet, ...")
     if not prefixes or not any(key.endswith("token_embedding.weight") for key in tensors):
         raise ValueError(
-            f"not a whole CLIP (found {list(tensors)[:3]}); of transformers, save a CLIPModel, not "
-            "its CLIPTextModel or CLIPVisionModel"
+            f"not a whole CLIP (found {list(tensors)[:3]}); in transformers, save the CLIPModel, "
+            "not its CLIPTextModel or CLIPVisionModel"
         )
     return tensors
 
@@ -298,13 +300,13 @@ def _openai_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if key.endswith(NOT_WEIGHTS):
             continue
         if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
-            raise ValueError(f"{key} must be finite floats (quantised, or training diverged?)")
+            raise ValueError(f"{key} is not all finite floats (quantised, or diverged?)")
         if key.endswith("projection.weight"):  # a linear layer of transformers
             tensor = tensor.t().contiguous()  # (D, W) -> (W, D)
-        key = key.removeprefix("text.")  # newer models of open_clip have it
+        key = key.removeprefix("text.")  # prefix in newer open_clip models
         for old, new in FROM_TRANSFORMERS:
             key = key.replace(old, new)
-        state[key] = tensor.reshape(()) if key == "logit_scale" else tensor  # it may be (1,)
+        state[key] = tensor.reshape(()) if key == "logit_scale" else tensor  # sometimes (1,)
     for q in [key for key in state if ".q_proj." in key]:
         qkv = [state.pop(q.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
         state[q.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)  # three (W, W) -> (3W, W)
@@ -328,7 +330,7 @@ def _settings(path: Path, tensors: dict[str, Tensor]) -> tuple:
 
 
 def _transformers_settings(file: Path) -> tuple:
-    """From config.json, in which defaults may be absent, and preprocessor_config.json."""
+    """From config.json, which may omit defaults, and preprocessor_config.json."""
     config = json.loads(file.read_bytes())
     if config.get("model_type", "clip") != "clip":
         raise ValueError(f"model_type {config['model_type']!r} is not supported")
@@ -350,7 +352,7 @@ def _transformers_settings(file: Path) -> tuple:
 
 
 def _open_clip_settings(file: Path) -> tuple:
-    """From open_clip_config.json, in which defaults may be absent."""
+    """From open_clip_config.json, which may omit defaults."""
     config = json.loads(file.read_bytes())
     model = config.get("model_cfg", {})
     images = config.get("preprocess_cfg", {})

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # promptot.py is in the f
 from clip_model import CLIP, load  # noqa: E402 (found there)
 from data import Dataset, base_novel, few_shot_source, load_dataset  # noqa: E402 (found there)
 from promptot import DEMO, EPSILON, PromptOT, Recipe, correct, train  # noqa: E402 (found there)
-from runs import harmonic_mean, markdown  # noqa: E402 (found there)
+from runs import markdown  # noqa: E402 (found there)
 
 EPSILONS = [EPSILON, 0.01, 0.1, 1, 10]
 FILE = DEMO / "results" / "study.json"
@@ -87,7 +87,7 @@ def base_to_novel(model: PromptOT, data: Dataset, tuned: bool = True) -> dict[st
         texts = model.text_features() if tuned else model.text0
         counts = correct(model, half, texts[None], tuned)
         accuracy[name] = 100 * float(counts.sum()) / len(half.test)
-    accuracy["hm"] = harmonic_mean(accuracy["base"], accuracy["novel"])
+    accuracy["hm"] = statistics.harmonic_mean([accuracy["base"], accuracy["novel"]])
     return {name: round(value, 3) for name, value in accuracy.items()}
 
 
