@@ -48,7 +48,8 @@ class Dataset:
 
 # ---- Benchmarks, in CoOp's layout ----------------------------------------------------------------
 DATASETS_MD = "see https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
-GET_EUROSAT = "import torchvision; torchvision.datasets.EuroSAT('.', download=True)"
+TORCHVISION = "import torchvision; torchvision.datasets.EuroSAT('.', download=True)"
+HOW_TO_GET = {"EuroSAT": f'this downloads it to ./eurosat: python -c "{TORCHVISION}"'}
 LAYOUTS = "expected FOLDER/<class>/image.jpg, or FOLDER/train/<class>/ and FOLDER/test/<class>/"
 
 
@@ -110,9 +111,7 @@ def load_dataset(
     benchmark = _find_benchmark(path)
     if not path.is_dir():
         problem = f"{root} is a file, not a folder" if path.exists() else f"no folder {root}"
-        advice = DATASETS_MD if benchmark else LAYOUTS
-        if benchmark and benchmark.name == "EuroSAT":
-            advice = f'this downloads it to ./eurosat: python -c "{GET_EUROSAT}"'
+        advice = HOW_TO_GET.get(benchmark.name, DATASETS_MD) if benchmark else LAYOUTS
         raise FileNotFoundError(f"{problem}; {advice}")
     notes: list[str] = []
     if not benchmark:
@@ -120,8 +119,7 @@ def load_dataset(
         while not benchmark and not _find_parts(folder) and (inner := _only_parent(folder)):
             folder = inner
             benchmark = _find_benchmark(folder.path)
-        if folder.path != path:
-            notes.append(f"read {folder.path}, the only folder with pictures")
+            notes = [f"read {folder.path}, the only folder with pictures"]
         path = folder.path
         benchmark = benchmark or Benchmark(path.name, path.name)
     if classnames is None and benchmark.name in IMAGENETS:
@@ -172,25 +170,23 @@ NOT_CLASSES = {"annotations", "images", "labels", "masks", *(b.folder for b in B
 
 
 class Folder:
-    """The contents of a folder, sorted, without hidden files.
+    """The contents of a folder, sorted, without hidden files. Links to parents are ignored."""
 
-    Links to folders are followed, except to a parent.
-    """
-
-    def __init__(self, path: PathLike, parents: tuple[str, ...] = ()):
+    def __init__(self, path: PathLike, parents: frozenset[Path] = frozenset()):
         self.path = Path(path)
         self.pictures: list[str] = []  # at any depth
         self.others: list[str] = []  # other files, at any depth
         self.folders: dict[str, Folder] = {}  # sub-folders with pictures
         self.empty: list[Folder] = []  # sub-folders without pictures
-        parents += (os.path.realpath(path),)
+        real = self.path.resolve()
+        parents |= {real, *real.parents}
         for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
             if entry.name.startswith(HIDDEN):
                 continue
             if not entry.is_dir():
                 is_picture = entry.name.lower().endswith(EXTENSIONS)
                 (self.pictures if is_picture else self.others).append(entry.path)
-            elif os.path.realpath(entry.path) not in parents:
+            elif Path(entry.path).resolve() not in parents:
                 inner = Folder(entry.path, parents)
                 self.pictures += inner.pictures
                 self.others += inner.others
@@ -217,9 +213,7 @@ def _find_parts(folder: Folder) -> dict[str, Folder]:
     return parts if are_parts else {}  # "train" can also be a class
 
 
-def _read_folders(
-    folder: Folder, benchmark: Benchmark, names_file: PathLike | None, notes: list[str]
-) -> tuple[list[str], Splits]:
+def _read_folders(folder: Folder, benchmark: Benchmark, names_file, notes: list[str]):
     """Reads class folders, or split folders with class folders. Returns classes and splits."""
     default = "test" if benchmark.name in IMAGENETS[1:] else "train"
     parts = _find_parts(folder) or {default: folder}
@@ -227,12 +221,7 @@ def _read_folders(
         parts["test"] = parts.pop("val")
         if benchmark.name != "ImageNet":
             notes.append(f"no test folder: testing on {parts['test'].path}")
-    found = {}
-    for part, inner in parts.items():
-        advice = "sort them into class folders, or move this folder away to do without it"
-        if part == "train" or inner is folder:
-            advice = LAYOUTS
-        found[part] = _read_classes(inner, advice, names_file, notes)
+    found = {part: _read_classes(inner, names_file, notes) for part, inner in parts.items()}
     used = [inner.pictures for classes in found.values() for inner in classes.values()]
     if unused := set(folder.pictures).difference(*used):
         notes.append(f"ignored {len(unused)} pictures outside class folders, e.g. {min(unused)}")
@@ -252,9 +241,7 @@ def _read_folders(
     return classes, splits
 
 
-def _read_classes(
-    folder: Folder, advice: str, names_file: PathLike | None, notes: list[str]
-) -> dict[str, Folder]:
+def _read_classes(folder: Folder, names_file, notes: list[str]) -> dict[str, Folder]:
     """Returns the class folders by name. ValueError if the folders are not classes."""
     while inner := _only_parent(folder):  # seg_train/seg_train/<classes>
         folder = inner
@@ -267,11 +254,11 @@ def _read_classes(
     no_classes = NOT_CLASSES | {folder.path.name.lower()}
     if no_classes >= {name.lower() for name in names} or any(b.folder in names for b in BENCHMARKS):
         found = f"{folder.path} has {len(folder.pictures)} pictures but no class folders"
+        advice = f"{LAYOUTS}; a val/ or test/ without class folders can be moved away"
         raise ValueError(f"{found} (only {', '.join(names) or 'files'}); {advice}")
     common = sorted(set.intersection(*(set(inner.folders) for inner in classes.values())))
     if len(names) > 1 and len(common) > 1 and not names_file:
-        first, second = (folder.path / name for name in names[:2])
-        advice = f"perhaps --data {first} --eval-data {second}"
+        advice = f"perhaps --data {folder.path / names[0]} --eval-data {folder.path / names[1]}"
         if PART_NAMES.keys() >= {name.lower() for name in common}:
             advice = f"expected {folder.path / common[-1] / names[0]}"
         found = f"{', '.join(names[:3])} in {folder.path} all hold {', '.join(common[:3])}"
@@ -333,7 +320,8 @@ def _read_split(file: Path, images: Path) -> tuple[list[str], Splits]:
 
 def _read_aircraft(file: Path) -> dict[str, list]:
     """variants.txt: one name per line. images_variant_train.txt etc.: "id name", for id.jpg."""
-    classes, rows = _read_lines(file), {part: [] for part in PARTS}
+    classes = _read_lines(file)
+    rows = {part: [] for part in PARTS}
     for part in PARTS:
         for line in _read_lines(file.parent / f"images_variant_{part}.txt"):
             image, name = line.split(maxsplit=1)
@@ -349,17 +337,15 @@ def _class_names(classes: list[str], benchmark: Benchmark, file, notes: list[str
         names = {}
     elif not file:
         notes.append(f"class names without their numbers, e.g. {names[classes[0]]!r}")
-    found = {}
+    lines = _read_lines(file) if file else []  # "folder name"
     if benchmark.name == "ImageNetV2":  # its folders are line numbers
-        lines = [re.split(r"[\s,]+", line, maxsplit=1)[-1] for line in _read_lines(file)]
-        found = {str(number): name for number, name in enumerate(lines)}
-    elif file:  # lines "folder name"; the longest matching folder wins
-        folders = "|".join(map(re.escape, sorted(classes, key=len, reverse=True)))
-        pattern = re.compile(rf'"?({folders})"?[\s,]+"?(.+?)"?')
-        matches = [pattern.fullmatch(line) for line in _read_lines(file)]
-        found = dict(match.groups() for match in matches if match)
-        if None in matches and benchmark.name not in IMAGENETS:
-            notes.append(f"{matches.count(None)} lines of {file} begin with no class folder")
+        lines = [re.sub(r"^[^\s,]+", str(number), line) for number, line in enumerate(lines)]
+    folders = "|".join(map(re.escape, sorted(classes, key=len, reverse=True)))  # the longest wins
+    pattern = re.compile(rf'"?({folders})"?[\s,]+"?(.+?)"?')
+    matches = [pattern.fullmatch(line) for line in lines]
+    found = dict(match.groups() for match in matches if match)
+    if None in matches and benchmark.name not in IMAGENETS:
+        notes.append(f"{matches.count(None)} lines of {file} begin with no class folder")
     unnamed = [name for name in classes if name not in found]
     if file and unnamed and (benchmark.name in IMAGENETS or not found):
         raise ValueError(f"{file} has no line with the class folder {unnamed[0]} and a name")
@@ -398,7 +384,8 @@ def base_novel(dataset: Dataset) -> tuple[Dataset, Dataset]:
     middle = (n + 1) // 2
     halves = []
     for half, labels in ("base", range(middle)), ("novel", range(middle, n)):
-        names, notes = dataset.classnames[labels.start : labels.stop], dataset.notes
+        names = dataset.classnames[labels.start : labels.stop]
+        notes = dataset.notes
         if len(names) == 1:
             notes += (f"there is only one {half} class, so its accuracy is always 100 %",)
         parts = {}
@@ -460,8 +447,7 @@ def open_image(path: str) -> Image.Image:
                 raise ValueError(f"{image.width} x {image.height} pixels: too elongated")
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # Pillow would clip these at 255
-                grey = T.functional.pil_to_tensor(image.convert("F"))  # (1, H, W)
-                grey = grey.nan_to_num(0, 0, 0)
+                grey = T.functional.pil_to_tensor(image.convert("F")).nan_to_num(0, 0, 0)
                 largest = grey.max().item()
                 white = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
                 grey = (grey * (255 / white)).round().clamp(0, 255)

@@ -713,7 +713,7 @@ def test_eurosat_without_split_file(tmp_path):
     images = class_folders(tmp_path / "eurosat/2750", "Forest", "AnnualCrop", "River")
     dataset = data.load_dataset(tmp_path / "eurosat")
     assert dataset.classnames == ["Annual Crop Land", "Forest", "River"]
-    assert "do not compare" in dataset.notes[0]
+    assert "not comparable" in dataset.notes[0]
     renamed = images.rename(tmp_path / "EuroSAT_RGB")
     assert data.load_dataset(renamed).classnames == dataset.classnames
     assert data.load_dataset(tmp_path).name == "EuroSAT"  # one folder too high
