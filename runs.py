@@ -383,8 +383,9 @@ def overview(folders: list[str]) -> str:
             means = [statistics.mean(seed[target] for seed in seeds) for target in targets]
             row[method] = dict(zip(targets if len(means) == 2 else ["accuracy"], means))
     first = next(iter(table.values()))
-    if any(first.keys() != row.keys() for row in table.values()):
-        raise ValueError(f"the runs differ in their methods, {', '.join(first)} in {folders[0]}")
+    columns = [[(method, *means) for method, means in row.items()] for row in table.values()]
+    if any(names != columns[0] for names in columns):
+        raise ValueError("the runs differ in --reg, --shots or --classes, or are unfinished")
     table["mean"] = {
         method: {t: statistics.mean(row[method][t] for row in table.values()) for t in targets}
         for method, targets in first.items()
