@@ -377,7 +377,10 @@ def overview(folders: list[str]) -> str:
     table: dict[str, dict[str, dict]] = {}  # data set -> method -> target -> %
     for folder in folders:
         metrics = read_metrics(Path(folder))
-        row = table.setdefault(Path(metrics["settings"]["data"]).name, {})
+        name = Path(metrics["settings"]["data"]).name
+        if name in table or not metrics["runs"]:
+            raise ValueError(f"{folder} is unfinished, or there is another run on {name}")
+        row = table[name] = {}
         for method, seeds in methods(metrics).items():
             targets = own_targets(seeds[0])
             means = [statistics.mean(seed[target] for seed in seeds) for target in targets]
@@ -385,7 +388,7 @@ def overview(folders: list[str]) -> str:
     first = next(iter(table.values()))
     columns = [[(method, *means) for method, means in row.items()] for row in table.values()]
     if any(names != columns[0] for names in columns):
-        raise ValueError("the runs differ in --reg, --shots or --classes, or are unfinished")
+        raise ValueError("the runs differ in --reg, --shots or --classes")
     table["mean"] = {
         method: {t: statistics.mean(row[method][t] for row in table.values()) for t in targets}
         for method, targets in first.items()
